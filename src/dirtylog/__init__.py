@@ -1,0 +1,54 @@
+"""dirtylog: which pages were written since I last asked?
+
+Generic dirty page logging: one get-dirty-log for guests of many architectures, and what it is good for.
+"""
+
+from dirtylog.bitmap import DirtyBitmap
+from dirtylog.dirty_log import DirtyLog
+from dirtylog.emulated.guest import Image
+from dirtylog.epoch import Consumer, Epoch
+from dirtylog.errors import (
+    AccessDeniedError,
+    BadSlotError,
+    CopyFaultError,
+    CorruptDataError,
+    CoverageLostError,
+    DirtyLogError,
+    GuestFaultError,
+    InvalidArgumentError,
+    LoggingOffError,
+    TargetGoneError,
+    UnsupportedError,
+)
+from dirtylog.memory import Memory
+from dirtylog.memslot import MemorySlot, SlotFlags, SlotTable
+from dirtylog.port import Exactness, Port, ProtectPort, SyncPort
+from dirtylog.target import open_target as open  # noqa: A004 - dirtylog.open, as gzip.open
+
+__all__ = [
+    "AccessDeniedError",
+    "BadSlotError",
+    "Consumer",
+    "CopyFaultError",
+    "CorruptDataError",
+    "CoverageLostError",
+    "DirtyBitmap",
+    "DirtyLog",
+    "DirtyLogError",
+    "Epoch",
+    "Exactness",
+    "GuestFaultError",
+    "Image",
+    "InvalidArgumentError",
+    "LoggingOffError",
+    "Memory",
+    "MemorySlot",
+    "Port",
+    "ProtectPort",
+    "SlotFlags",
+    "SlotTable",
+    "SyncPort",
+    "TargetGoneError",
+    "UnsupportedError",
+    "open",
+]

@@ -1,0 +1,163 @@
+"""DirtyLog: the waist of the hourglass, between every source of writes and every consumer of them."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Self
+
+from dirtylog.bitmap import PAGES_PER_WORD, DirtyBitmap, DirtyWords
+from dirtylog.epoch import Consumer, PendingPages
+from dirtylog.errors import InvalidArgumentError, UnsupportedError
+from dirtylog.log import clear_dirty_log_protect, get_dirty_log, get_dirty_log_protect, read_dirty_log, start_logging, stop_logging
+from dirtylog.port import ProtectPort
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from dirtylog.memory import Memory
+    from dirtylog.memslot import MemorySlot
+
+
+class DirtyLog:
+    """Which pages of a memory were written since I last asked?
+
+    A context manager: entering starts the log, leaving stops it. The memory stays open. All methods may be called from
+    several threads.
+
+    By default a get takes the dirty pages and re-arms them in one step. With ``manual_protect`` a get only reads, and
+    :meth:`clear` re-arms just the pages that the caller has taken; ``initially_all_set`` then starts with every page dirty
+    and none protected, so that a large memory is protected piece by piece (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).
+    """
+
+    def __init__(self, memory: Memory, *, manual_protect: bool = False, initially_all_set: bool = False) -> None:
+        if initially_all_set and not manual_protect:
+            raise InvalidArgumentError("initially_all_set goes only with manual_protect, as in KVM: without it nothing would protect the pages")
+        if manual_protect and not isinstance(memory.port, ProtectPort):
+            raise UnsupportedError(f"the {memory.port.name} port has no manual protect", remedy="leave manual_protect out")
+        self.memory = memory
+        self.manual_protect = manual_protect
+        self.initially_all_set = initially_all_set
+        # Taken before slots_lock, which comes before mmu_lock.
+        self._lock = threading.RLock()
+        self._consumers: dict[str, Consumer] = {}
+        # Pages that consumers have drained from the port and get has not returned yet.
+        self._unread = PendingPages()
+        self._stopped = False
+        self._take = get_dirty_log_protect if isinstance(memory.port, ProtectPort) else get_dirty_log
+
+    def start(self) -> None:
+        """Begin to log every slot. Consumers from before a :meth:`stop` find all pages dirty: nobody saw what was written since."""
+        with self._lock, self.memory.slots.lock:
+            for slot in self.memory.slots:
+                if slot.dirty_bitmap is not None:
+                    raise InvalidArgumentError(
+                        f"slot {slot.id} is being logged already", slot=slot.id, remedy="share one DirtyLog and give each user a consumer"
+                    )
+            started: list[int] = []
+            try:
+                for slot in self.memory.slots:
+                    started.append(slot.id)
+                    start_logging(self.memory, slot.id, initially_all_set=self.initially_all_set)
+            except BaseException:
+                for slot_id in started:
+                    stop_logging(self.memory, slot_id)
+                raise
+            if not self._stopped:
+                for consumer in self._consumers.values():
+                    consumer.pending.begin(self.memory.slots)
+
+    def stop(self) -> None:
+        """Stop logging. The bits that nobody took are gone, and so are those that consumers hold pending."""
+        with self._lock:
+            for slot in self.memory.slots:
+                stop_logging(self.memory, slot.id)
+            self._stopped = True
+            self._unread = PendingPages()
+            for consumer in self._consumers.values():
+                consumer.pending = PendingPages()
+
+    def get(self, slot: int, out: DirtyBitmap | None = None) -> DirtyBitmap:
+        """Return the pages of a slot that were written since the last get, and re-arm them.
+
+        With ``out`` its content is replaced, and it is returned; its length must be the slot's. With ``manual_protect`` the
+        call changes nothing: it reads. A page may be reported that was not written, where the memory's exactness is SUPERSET.
+
+        Raises :class:`BadSlotError` (EINVAL), :class:`LoggingOffError` (ENOENT), :class:`UnsupportedError` (ENXIO),
+        :class:`CopyFaultError` (EFAULT), in this order of checks. On any of them no bit is lost.
+        """
+        with self._lock:
+            memslot, _ = self.memory.slots.logged(slot)
+            result = DirtyBitmap(memslot.npages) if out is None else out
+            if result.npages != memslot.npages:
+                raise InvalidArgumentError(f"a bitmap of {result.npages} pages for slot {slot}, which has {memslot.npages}", slot=slot)
+            unread = self._unread[memslot]
+
+            def deliver(words: DirtyWords) -> None:
+                if unread:
+                    result.assign(unread.nonzero_words())
+                    result.set_words(words)
+                else:
+                    result.assign(words)
+                if not self.manual_protect:
+                    for consumer in self._consumers.values():
+                        consumer.pending[memslot].set_words(words)
+
+            if self.manual_protect:
+                read_dirty_log(self.memory, slot, deliver)
+            else:
+                self._take(self.memory, slot, deliver)
+                unread.clear()
+            return result
+
+    def clear(self, slot: int, first_page: int, mask: DirtyBitmap) -> None:
+        """Clear and re-arm the pages of ``mask``, whose page 0 is the slot's ``first_page``: manual protect's second half.
+
+        ``first_page`` must be a multiple of 64, and so must the mask's length unless it ends at the slot's last page. Clear
+        before you copy the pages, and never a bit that you have not taken down: it would be lost.
+        """
+        with self._lock:
+            memslot, _ = self.memory.slots.logged(slot)
+
+            def deliver(words: DirtyWords) -> None:
+                for consumer in self._consumers.values():
+                    consumer.pending[memslot].set_words(words)
+
+            clear_dirty_log_protect(self.memory, slot, first_page, mask, deliver)
+            index, values = mask.nonzero_words()
+            taken = DirtyBitmap.from_words(memslot.npages, DirtyWords(index + first_page // PAGES_PER_WORD, values))
+            unread = self._unread[memslot]
+            unread.assign((unread - taken).nonzero_words())
+
+    def consumer(self, name: str) -> Consumer:
+        """Return the consumer of this name, made at the first call."""
+        with self._lock:
+            if name not in self._consumers:
+                self._consumers[name] = consumer = Consumer(name, self._lock, self._drain)
+                consumer.pending.begin(self._logged())
+            return self._consumers[name]
+
+    def _drain(self) -> None:
+        """Move the dirty pages of every slot from the port to every consumer, and to get."""
+        logged = self._logged()
+        self._unread.keep(logged)
+        for consumer in self._consumers.values():
+            consumer.pending.keep(logged)
+            consumer.pending.meet(logged)
+        for slot in logged:
+
+            def deliver(words: DirtyWords, slot: MemorySlot = slot) -> None:
+                self._unread[slot].set_words(words)
+                for consumer in self._consumers.values():
+                    consumer.pending[slot].set_words(words)
+
+            self._take(self.memory, slot.id, deliver)
+
+    def _logged(self) -> list[MemorySlot]:
+        return [slot for slot in self.memory.slots if slot.dirty_bitmap is not None]
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()

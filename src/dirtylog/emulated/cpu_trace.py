@@ -1,0 +1,109 @@
+"""The trace CPU: a list of loads and stores, run through a TLB and the same miss path as any guest.
+
+It stands in where Unicorn has no CPU (ia64, loongarch), needs nothing but Python, and lets a test take one step at a time.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from dirtylog.emulated.cpu import CpuExit
+from dirtylog.emulated.port import PAGE_SHIFT
+from dirtylog.errors import GuestFaultError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from dirtylog.emulated.cpu import Translate
+    from dirtylog.emulated.programs import Pattern
+
+_WORD = struct.Struct("<Q")
+_OFFSET_MASK = (1 << PAGE_SHIFT) - 1
+
+
+class Access(NamedTuple):
+    """One step of a trace: a 64-bit little-endian store of ``value`` at a guest-physical address, or with None a load."""
+
+    address: int
+    value: int | None = None
+
+
+def trace_of(pattern: Pattern) -> Iterator[Access]:
+    """Return the trace of the store loop with this pattern's registers."""
+    page, value, left = pattern.page, pattern.value, pattern.count
+    while left is None or left > 0:
+        yield Access(pattern.base + (page << PAGE_SHIFT), value & 0xFFFF_FFFF_FFFF_FFFF)
+        value += pattern.step
+        page = page * pattern.mul + pattern.add & pattern.mask
+        if left is not None:
+            left -= 1
+
+
+class TraceCpu:
+    """A CPU that runs a trace. ``host(address)`` gives the page of host memory at a host-physical address."""
+
+    def __init__(
+        self, vcpu: int, architecture: str, trace: Iterable[Access], translate: Translate, host: Callable[[int], memoryview]
+    ) -> None:
+        self._vcpu = vcpu
+        self._architecture = architecture
+        self._trace = iter(trace)
+        self._translate = translate
+        self._host = host
+        self._stop = False
+        self._steps = 0
+        # The TLB: frame -> (its page of host memory, may it be written).
+        self._tlb: dict[int, tuple[memoryview, bool]] = {}
+
+    @property
+    def pc(self) -> int:
+        """The number of accesses made so far."""
+        return self._steps
+
+    def run(self) -> CpuExit:
+        """Make accesses until the trace ends or :meth:`stop` is called."""
+        self._stop = False
+        tlb, store = self._tlb, _WORD.pack_into
+        for address, value in self._trace:
+            entry = tlb.get(address >> PAGE_SHIFT)
+            if entry is None or (value is not None and not entry[1]):
+                entry = self._fill(address, value is not None)
+            if value is not None:
+                store(entry[0], address & _OFFSET_MASK, value)
+            self._steps += 1
+            if self._stop:
+                return CpuExit.STOPPED
+        return CpuExit.HALTED
+
+    def access(self, access: Access) -> int:
+        """Make one access now and return the 64-bit word that is there after it."""
+        write = access.value is not None
+        entry = self._tlb.get(access.address >> PAGE_SHIFT)
+        if entry is None or (write and not entry[1]):
+            entry = self._fill(access.address, write)
+        if access.value is not None:
+            _WORD.pack_into(entry[0], access.address & _OFFSET_MASK, access.value)
+        word: int = _WORD.unpack_from(entry[0], access.address & _OFFSET_MASK)[0]
+        return word
+
+    def stop(self) -> None:
+        """Make :meth:`run` return after the current access."""
+        self._stop = True
+
+    def flush_tlb(self) -> None:
+        """Drop every cached translation."""
+        self._tlb.clear()
+
+    def _fill(self, address: int, write: bool) -> tuple[memoryview, bool]:  # noqa: FBT001 - private, two callers
+        found = self._translate(self._vcpu, address >> PAGE_SHIFT, write)
+        if found is None:
+            raise GuestFaultError(
+                f"the {self._architecture} guest's {'store to' if write else 'load from'} {address:#x} (access {self._steps} of its trace) "
+                "hits no slot that permits it",
+                pc=self._steps,
+                address=address,
+                architecture=self._architecture,
+            )
+        entry = self._tlb[address >> PAGE_SHIFT] = (self._host(found.address), found.writable)
+        return entry

@@ -1,0 +1,148 @@
+"""Guest CPUs from Unicorn, in its virtual-TLB mode.
+
+Facts about Unicorn 2.1 that this file relies on:
+
+* In virtual-TLB mode each TLB miss calls the TLB-fill hook, which answers with a physical address and permissions; the entry
+  stays until the TLB is flushed. A page filled without write permission calls again when it is written.
+* ``ctl_flush_tb`` does not flush the TLB; ``ctl(UC_CTL_TLB_FLUSH)`` does. It may only be called outside ``emu_start``.
+* The page size of arm and arm64 is 1 KiB until it is set, which must be done before anything else.
+* ``emu_start`` lets the GIL go and hooks take it. ``emu_stop`` from another thread ends it at the next translation block; one
+  that comes outside ``emu_start`` is lost.
+* An exception that leaves a TLB-fill hook ends as UC_ERR_EXCEPTION and is lost, so the hook catches everything itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dirtylog.emulated.cpu import CpuExit
+from dirtylog.emulated.port import PAGE_SHIFT, PAGE_SIZE
+from dirtylog.errors import GuestFaultError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from dirtylog.emulated.cpu import Translate
+    from dirtylog.emulated.isa import Isa
+
+_UNICORN_REMEDY = "install it: pip install 'dirtylog[emu]'"
+
+
+def unicorn_version() -> str | None:
+    """Return Unicorn's version, or None where it cannot be imported."""
+    try:
+        unicorn = importlib.import_module("unicorn")
+    except ImportError:
+        return None
+    return str(unicorn.__version__)
+
+
+class UnicornCpu:
+    """One CPU of an instruction set. ``ram`` lists (host-physical address, host address, nbytes) of the memory that it can reach."""
+
+    def __init__(
+        self,
+        vcpu: int,
+        isa: Isa,
+        ram: Iterable[tuple[int, int, int]],
+        translate: Translate,
+        *,
+        entry: int,
+        halt: int | None,
+        registers: Sequence[int],
+    ) -> None:
+        try:
+            unicorn = importlib.import_module("unicorn")
+        except ImportError as error:
+            raise UnsupportedError(f"{isa.name} guests run on Unicorn, which is not installed", remedy=_UNICORN_REMEDY) from error
+        self._vcpu = vcpu
+        self._isa = isa
+        self._translate = translate
+        self._uc_error: type[Exception] = unicorn.UcError
+        self._write_access = unicorn.UC_MEM_WRITE
+        self._flush = (unicorn.UC_CTL_TLB_FLUSH, unicorn.UC_CTL_IO_WRITE)
+        constants = importlib.import_module(f"unicorn.{isa.constants}_const")
+        self._pc_register = getattr(constants, f"UC_{isa.arch}_REG_{isa.pc}")
+
+        mode = 0
+        for name in isa.modes:
+            mode |= getattr(unicorn, f"UC_MODE_{name}")
+        uc: Any = unicorn.Uc(getattr(unicorn, f"UC_ARCH_{isa.arch}"), mode)
+        if isa.arch in ("ARM", "ARM64"):
+            uc.ctl_set_page_size(PAGE_SIZE)
+        if uc.ctl_get_page_size() != PAGE_SIZE:
+            raise UnsupportedError(f"this Unicorn has pages of {uc.ctl_get_page_size()} bytes for {isa.name}; {PAGE_SIZE} are needed")
+        uc.ctl_set_tlb_mode(unicorn.UC_TLB_VIRTUAL)
+        for address, host, nbytes in ram:
+            # Safe: the machine keeps the mapping until its CPUs are gone, and this is its whole length.
+            uc.mem_map_ptr(address, nbytes, unicorn.UC_PROT_ALL, host)
+        uc.hook_add(unicorn.UC_HOOK_TLB_FILL, self._fill)
+        for name, value in isa.setup:
+            uc.reg_write(getattr(constants, f"UC_{isa.arch}_REG_{name}"), value)
+        for name, value in zip(isa.registers, registers, strict=False):
+            uc.reg_write(getattr(constants, f"UC_{isa.arch}_REG_{name}"), value)
+        self._uc = uc
+        self._readable = unicorn.UC_PROT_READ | unicorn.UC_PROT_EXEC
+        self._all = unicorn.UC_PROT_ALL
+        self._pc = entry
+        # An address that no guest reaches, for an image that never halts.
+        self._halt = isa.max_address - 4 if halt is None else halt
+        self._stop_asked = False
+        self._refused: int | None = None
+        self._raised: BaseException | None = None
+
+    @property
+    def pc(self) -> int:
+        """Address of the next instruction."""
+        return self._pc
+
+    def run(self) -> CpuExit:
+        """Run from where the last run ended."""
+        if self._pc == self._halt:
+            return CpuExit.HALTED
+        self._stop_asked = False
+        self._refused = self._raised = None
+        error: Exception | None = None
+        try:
+            self._uc.emu_start(self._pc, self._halt)
+        except self._uc_error as caught:
+            error = caught
+        self._pc = self._uc.reg_read(self._pc_register)
+        if self._raised is not None:
+            raise self._raised
+        if error is not None:
+            raise self._fault(error) from error
+        # Without a call of stop it was the guest that ended it: at the halt address, or with an instruction such as x86's hlt.
+        if self._pc == self._halt or not self._stop_asked:
+            return CpuExit.HALTED
+        return CpuExit.STOPPED
+
+    def stop(self) -> None:
+        """Make :meth:`run` return at the end of the current translation block."""
+        self._stop_asked = True
+        self._uc.emu_stop()
+
+    def flush_tlb(self) -> None:
+        """Drop every cached translation."""
+        self._uc.ctl(*self._flush)
+
+    def _fill(self, uc: object, address: int, access: int, entry: Any, data: object) -> bool:  # noqa: ANN401, ARG002 - Unicorn's signature
+        try:
+            found = self._translate(self._vcpu, address >> PAGE_SHIFT, access == self._write_access)
+        except BaseException as error:  # noqa: BLE001 - raised again when emu_start has returned
+            self._raised = error
+            return False
+        if found is None:
+            self._refused = address
+            return False
+        entry.paddr, writable = found
+        entry.perms = self._all if writable else self._readable
+        return True
+
+    def _fault(self, error: Exception) -> GuestFaultError:
+        if self._refused is None:
+            what = f"the {self._isa.name} guest faults at pc {self._pc:#x}: {error}"
+        else:
+            what = f"the {self._isa.name} guest's access to {self._refused:#x} at pc {self._pc:#x} hits no slot that permits it"
+        return GuestFaultError(what, pc=self._pc, address=self._refused, architecture=self._isa.name)

@@ -1,0 +1,96 @@
+"""A hashed page table: groups of eight entries of two words each, found by a hash of the page, or by its complement."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GROUP = 8
+
+
+class HashedTable:
+    """Entries of two big-endian words; the first identifies the page and says whether it is valid. Guard it with mmu_lock.
+
+    ``tag(gfn)`` gives the first word of a page's entry in its primary group, ``hash_of(gfn)`` its hash; ``secondary`` is the
+    bit that marks an entry in the other group. ``frames[i]`` is the frame that entry ``i`` maps, -1 for none: the reverse map.
+    """
+
+    def __init__(
+        self, word_bytes: int, ngroups: int, *, tag: Callable[[int], int], hash_of: Callable[[int], int], secondary: int
+    ) -> None:
+        self.word_bytes = word_bytes
+        self._tag, self._hash_of, self._secondary = tag, hash_of, secondary
+        letter = {4: "I", 8: "Q"}[word_bytes]
+        self._group_codec = struct.Struct(f">{letter * 2 * GROUP}")
+        self._word_codec = struct.Struct(f">{letter}")
+        self.group_bytes = self._group_codec.size
+        self.entry_bytes = 2 * word_bytes
+        self._allocate(ngroups)
+
+    def _allocate(self, ngroups: int) -> None:
+        self.ngroups = ngroups
+        self.words = np.zeros((ngroups * GROUP, 2), f">u{self.word_bytes}")
+        self.buffer = memoryview(self.words.reshape(-1).view(np.uint8))
+        self.frames = np.full(ngroups * GROUP, -1, np.int64)
+
+    def groups(self, gfn: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return (group, first word) of a page's entry in its primary and in its secondary group."""
+        mask, tag, value = self.ngroups - 1, self._tag(gfn), self._hash_of(gfn)
+        return (value & mask, tag), (~value & mask, tag | self._secondary)
+
+    def find(self, gfn: int) -> tuple[int, int] | None:
+        """Return (entry number, second word) of the valid entry of a page, as the hardware searches for it."""
+        for group, tag in self.groups(gfn):
+            words = self._group_codec.unpack_from(self.buffer, group * self.group_bytes)
+            if tag in words:
+                for place in range(GROUP):
+                    if words[2 * place] == tag:
+                        return group * GROUP + place, words[2 * place + 1]
+        return None
+
+    def set_second(self, entry: int, word: int) -> None:
+        """Write the second word of an entry."""
+        self._word_codec.pack_into(self.buffer, entry * self.entry_bytes + self.word_bytes, word)
+
+    def insert(self, gfn: int, second: int) -> int | None:
+        """Make a valid entry in a free place and return its number, or None if both groups are full."""
+        for group, tag in self.groups(gfn):
+            words = self._group_codec.unpack_from(self.buffer, group * self.group_bytes)
+            for place in range(GROUP):
+                if not words[2 * place]:
+                    entry = group * GROUP + place
+                    self.write(entry, gfn, tag, second)
+                    return entry
+        return None
+
+    def write(self, entry: int, gfn: int, tag: int, second: int) -> None:
+        """Make ``entry`` the valid entry of a page; the second word is written before the one that makes it valid."""
+        self.set_second(entry, second)
+        self._word_codec.pack_into(self.buffer, entry * self.entry_bytes, tag)
+        self.frames[entry] = gfn
+
+    def invalidate(self, entries: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+        """Make these entries free."""
+        self.words[entries] = 0
+        self.frames[entries] = -1
+
+    def of_range(self, base_gfn: int, npages: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Return the numbers of the entries that map a page of a range."""
+        return np.flatnonzero((self.frames >= base_gfn) & (self.frames < base_gfn + npages))
+
+    def grow(self) -> None:
+        """Double the table, keeping every entry's second word."""
+        frames, words = self.frames, self.words
+        used = np.flatnonzero(frames >= 0)
+        ngroups = self.ngroups
+        placed = False
+        while not placed:
+            ngroups *= 2
+            self._allocate(ngroups)
+            pairs = zip(frames[used].tolist(), words[used, 1].tolist(), strict=True)
+            placed = all(self.insert(gfn, second) is not None for gfn, second in pairs)

@@ -1,0 +1,1 @@
+"""Guest programs: assembly source, the assembled bytes, and the Makefile target (guests) that rebuilds them."""

@@ -1,0 +1,50 @@
+"""What every source gives: slots, a port, and the contents."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+    from dirtylog.memslot import SlotTable
+    from dirtylog.port import Exactness, ProtectPort, SyncPort
+
+
+class Memory(Protocol):
+    """A memory whose writes can be logged.
+
+    ``blind_spots`` lists, in words, the writes that this source cannot see.
+    """
+
+    @property
+    def slots(self) -> SlotTable:
+        """The slots, and slots_lock."""
+
+    @property
+    def port(self) -> ProtectPort | SyncPort:
+        """How this memory logs."""
+
+    @property
+    def exactness(self) -> Exactness:
+        """Whether reported and written are the same."""
+
+    @property
+    def blind_spots(self) -> tuple[str, ...]:
+        """The writes that this source cannot see."""
+
+    def read(self, slot: int, pages: ArrayLike, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """Return the contents of ``pages`` (offsets in the slot) as uint8[k, page_size]."""
+
+    def write(self, slot: int, pages: ArrayLike, data: ArrayLike) -> None:
+        """Write uint8[k, page_size] to ``pages``, and log them: these are writes too."""
+
+    def pause(self) -> None:
+        """Return when nothing of the source runs."""
+
+    def resume(self) -> None:
+        """Let it run."""
+
+    def close(self) -> None:
+        """End it and give everything back. A second call does nothing."""
