@@ -1,7 +1,4 @@
-"""dirtylog: which pages were written since I last asked?
-
-Generic dirty page logging: one get-dirty-log for guests of many architectures, and what it is good for.
-"""
+"""Generic dirty page logging: which pages of a memory were written since the last time somebody asked."""
 
 from dirtylog.bitmap import DirtyBitmap
 from dirtylog.dirty_log import DirtyLog

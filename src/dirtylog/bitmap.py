@@ -10,6 +10,7 @@ dirty. The first use of :attr:`DirtyBitmap.words` lays all words out, and from t
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
@@ -17,8 +18,6 @@ import numpy as np
 from dirtylog.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Iterable
-
     from numpy.typing import ArrayLike, NDArray
 
 PAGES_PER_WORD = 64
@@ -34,25 +33,25 @@ _BLOCK = 1 << 17
 class DirtyWords(NamedTuple):
     """The non-zero words of a bitmap.
 
-    ``index`` is int64[k], ascending and without repeats; ``values`` is uint64[k], none of them zero.
+    ``offsets`` is int64[k], word numbers, ascending and without repeats; ``values`` is uint64[k], none of them zero.
     """
 
-    index: NDArray[np.int64]
+    offsets: NDArray[np.int64]
     values: NDArray[np.uint64]
 
     def __bool__(self) -> bool:
-        return len(self.index) > 0
+        return len(self.offsets) > 0
 
     def pages(self) -> NDArray[np.int64]:
         """Return the page offsets of the set bits, int64, ascending."""
         found = np.empty(int(np.bitwise_count(self.values).sum()), np.int64)
         end = 0
-        for start in range(0, len(self.index), _BLOCK):
-            index = self.index[start : start + _BLOCK]
+        for start in range(0, len(self.offsets), _BLOCK):
+            offsets = self.offsets[start : start + _BLOCK]
             octets = self.values[start : start + _BLOCK].astype(_LITTLE).view(np.uint8)
             bits = np.flatnonzero(np.unpackbits(octets, bitorder="little").view(np.bool_))
             begin, end = end, end + len(bits)
-            np.add(index[bits >> 6] * PAGES_PER_WORD, bits & 63, out=found[begin:end])
+            np.add(offsets[bits >> 6] * PAGES_PER_WORD, bits & 63, out=found[begin:end])
         return found
 
 
@@ -89,10 +88,11 @@ class DirtyBitmap:
     """A set of page offsets ``0 <= page < npages``.
 
     ``|``, ``&``, ``-``, ``==`` and ``|=`` take a bitmap of the same length; any other length is an
-    :class:`InvalidArgumentError`. A bitmap is true when it has a page. It is not hashable, and not safe to change from two threads at once.
+    :class:`InvalidArgumentError`. A bitmap is true when it has a page. It is not hashable,
+    and not safe to change from two threads at once.
     """
 
-    __hash__ = None  # type: ignore[assignment]  # mutable: typeshed has no other way to say so
+    __hash__ = None  # type: ignore[assignment]  # mutable, and typeshed has no other way to say so
     __slots__ = ("_sparse", "_words", "npages")
 
     def __init__(self, npages: int) -> None:
@@ -116,11 +116,11 @@ class DirtyBitmap:
     def from_words(cls, npages: int, words: DirtyWords) -> Self:
         """Return a bitmap with these non-zero words. The arrays are kept, not copied: give them away."""
         bitmap = cls(npages)
-        bitmap._sparse = words  # noqa: SLF001 - its own class
+        bitmap._sparse = words
         return bitmap
 
     @classmethod
-    def from_bytes(cls, npages: int, data: Buffer) -> Self:
+    def from_bytes(cls, npages: int, data: bytes | bytearray | memoryview) -> Self:
         """Return a copy of a bitmap in KVM's format: little-endian words, ``8 * ceil(npages / 64)`` bytes.
 
         A wrong length, or a bit past ``npages``, is an :class:`InvalidArgumentError`.
@@ -143,7 +143,7 @@ class DirtyBitmap:
         words = self._words
         if words is None:
             words = np.zeros(word_count(self.npages), np.uint64)
-            words[self._sparse.index] = self._sparse.values
+            words[self._sparse.offsets] = self._sparse.values
         return words.astype(_LITTLE).tobytes()
 
     def copy(self) -> DirtyBitmap:
@@ -152,7 +152,7 @@ class DirtyBitmap:
         if self._words is not None:
             twin._words = self._words.copy()
         else:
-            twin._sparse = DirtyWords(self._sparse.index.copy(), self._sparse.values.copy())
+            twin._sparse = DirtyWords(self._sparse.offsets.copy(), self._sparse.values.copy())
         return twin
 
     @property
@@ -163,7 +163,7 @@ class DirtyBitmap:
         """
         if self._words is None:
             words = np.zeros(word_count(self.npages), np.uint64)
-            words[self._sparse.index] = self._sparse.values
+            words[self._sparse.offsets] = self._sparse.values
             self._words = words
         return self._words
 
@@ -184,7 +184,7 @@ class DirtyBitmap:
 
     def any(self) -> bool:
         """Return whether any page is set."""
-        return bool(len(self._sparse.index)) if self._words is None else bool(self._words.any())
+        return bool(len(self._sparse.offsets)) if self._words is None else bool(self._words.any())
 
     def pages(self) -> NDArray[np.int64]:
         """Return the offsets of the set pages, ascending.
@@ -247,20 +247,20 @@ class DirtyBitmap:
         if not words:
             return
         if self._words is not None:
-            self._words[words.index] |= words.values
+            self._words[words.offsets] |= words.values
         else:
-            index = np.union1d(self._sparse.index, words.index)
+            index = np.union1d(self._sparse.offsets, words.offsets)
             values = self._at(index)
-            values[np.searchsorted(index, words.index)] |= words.values
+            values[np.searchsorted(index, words.offsets)] |= words.values
             self._sparse = DirtyWords(index, values)
 
     def assign(self, words: DirtyWords) -> None:
         """Make ``words`` the whole content. They are copied; where :attr:`words` is laid out, it is written in place."""
         if self._words is not None:
             self._words[:] = 0
-            self._words[words.index] = words.values
+            self._words[words.offsets] = words.values
         else:
-            self._sparse = DirtyWords(words.index.copy(), words.values.copy())
+            self._sparse = DirtyWords(words.offsets.copy(), words.values.copy())
 
     def clear(self) -> None:
         """Unset every page."""
@@ -308,9 +308,7 @@ class DirtyBitmap:
 
 def checked_pages(pages: ArrayLike | Iterable[int], npages: int) -> NDArray[np.int64]:
     """Return ``pages`` as int64[k], every one within a slot of ``npages`` pages, or raise :class:`InvalidArgumentError`."""
-    if not isinstance(pages, np.ndarray):
-        pages = list(pages) if not isinstance(pages, int) else [pages]  # type: ignore[arg-type]  # sets, ranges and generators are welcome
-    array = np.asarray(pages)
+    array = np.asarray(list(pages) if isinstance(pages, Iterable) and not isinstance(pages, np.ndarray) else pages)
     if array.size == 0:
         return np.empty(0, np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Self
 from dirtylog.bitmap import PAGES_PER_WORD, DirtyBitmap, DirtyWords
 from dirtylog.epoch import Consumer, PendingPages
 from dirtylog.errors import InvalidArgumentError, UnsupportedError
-from dirtylog.log import clear_dirty_log_protect, get_dirty_log, get_dirty_log_protect, read_dirty_log, start_logging, stop_logging
+from dirtylog.log import (
+    clear_dirty_log_protect,
+    get_dirty_log,
+    get_dirty_log_protect,
+    read_dirty_log,
+    start_logging,
+    stop_logging,
+)
 from dirtylog.port import ProtectPort
 
 if TYPE_CHECKING:
@@ -19,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class DirtyLog:
-    """Which pages of a memory were written since I last asked?
+    """The dirty log of one memory: which pages were written since I last asked.
 
     A context manager: entering starts the log, leaving stops it. The memory stays open. All methods may be called from
     several threads.
@@ -31,7 +38,9 @@ class DirtyLog:
 
     def __init__(self, memory: Memory, *, manual_protect: bool = False, initially_all_set: bool = False) -> None:
         if initially_all_set and not manual_protect:
-            raise InvalidArgumentError("initially_all_set goes only with manual_protect, as in KVM: without it nothing would protect the pages")
+            raise InvalidArgumentError(
+                "initially_all_set goes only with manual_protect, as in KVM: without it nothing would protect the pages"
+            )
         if manual_protect and not isinstance(memory.port, ProtectPort):
             raise UnsupportedError(f"the {memory.port.name} port has no manual protect", remedy="leave manual_protect out")
         self.memory = memory
@@ -51,7 +60,9 @@ class DirtyLog:
             for slot in self.memory.slots:
                 if slot.dirty_bitmap is not None:
                     raise InvalidArgumentError(
-                        f"slot {slot.id} is being logged already", slot=slot.id, remedy="share one DirtyLog and give each user a consumer"
+                        f"slot {slot.id} is being logged already",
+                        slot=slot.id,
+                        remedy="share one DirtyLog and give each user a consumer",
                     )
             started: list[int] = []
             try:
@@ -89,7 +100,9 @@ class DirtyLog:
             memslot, _ = self.memory.slots.logged(slot)
             result = DirtyBitmap(memslot.npages) if out is None else out
             if result.npages != memslot.npages:
-                raise InvalidArgumentError(f"a bitmap of {result.npages} pages for slot {slot}, which has {memslot.npages}", slot=slot)
+                raise InvalidArgumentError(
+                    f"a bitmap of {result.npages} pages for slot {slot}, which has {memslot.npages}", slot=slot
+                )
             unread = self._unread[memslot]
 
             def deliver(words: DirtyWords) -> None:

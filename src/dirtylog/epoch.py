@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
 
-    from dirtylog.bitmap import DirtyWords
     from dirtylog.memslot import MemorySlot
 
 
@@ -36,7 +35,7 @@ class PendingPages:
         return self._pending.setdefault(slot, DirtyBitmap(slot.npages))
 
     def begin(self, slots: Iterable[MemorySlot]) -> None:
-        """Nothing is pending in ``slots`` so far."""
+        """Begin with nothing pending in ``slots``."""
         for slot in slots:
             self[slot].clear()
 
@@ -76,7 +75,7 @@ class Consumer:
     Its first epoch begins with what nobody had taken from the port when the consumer was made.
     """
 
-    def __init__(self, name: str, lock: threading.RLock, drain: Callable[[], None]) -> None:  # type: ignore[valid-type]  # typeshed: a function
+    def __init__(self, name: str, lock: threading.RLock, drain: Callable[[], None]) -> None:
         self.name = name
         self.pending = PendingPages()
         self._lock = lock
@@ -135,7 +134,7 @@ class Epoch:
         self.consumer.end(self, commit=kind is None)
 
     def commit(self) -> None:
-        """The pages are safe: forget them."""
+        """Forget the pages: they are safe."""
         self.consumer.end(self, commit=True)
 
     def rollback(self) -> None:

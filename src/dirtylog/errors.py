@@ -6,7 +6,7 @@
     ├── InvalidArgumentError   a value breaks a rule (EINVAL, EEXIST); also a ValueError
     │   └── BadSlotError       a slot id out of range (EINVAL), or slots that overlap (EEXIST)
     ├── LoggingOffError        no such slot, or it is not being logged (ENOENT)
-    ├── CopyFaultError         the result could not be copied to the caller (EFAULT); the bits were given back
+    ├── CopyFaultError         the result could not be copied to the caller (EFAULT); the bits are kept
     ├── GuestFaultError        a guest stopped at an access that it may not make
     ├── UnsupportedError       this host, port or build cannot do it (ENXIO for a ring without a bitmap)
     ├── AccessDeniedError      permission is missing (EACCES)
@@ -14,7 +14,8 @@
     ├── CoverageLostError      writes may have been missed: the result is incomplete
     └── CorruptDataError       stored data does not verify
 
-Every error pickles, keeps the ``OSError`` behind it as ``__cause__``, and has the same attributes; those that do not apply are None.
+Every error pickles, keeps the ``OSError`` behind it as ``__cause__``, and has the same attributes;
+those that do not apply are None.
 """
 
 import errno as _errno

@@ -95,7 +95,9 @@ def clear_dirty_log_protect(
         slot, bitmap = slots.logged(slot_id)
         _check_has_bitmap(port, slot)
         if not isinstance(port, ProtectPort):
-            raise UnsupportedError(f"the {port.name} port has no manual protect", slot=slot_id, remedy="get takes and re-arms in one step")
+            raise UnsupportedError(
+                f"the {port.name} port has no manual protect", slot=slot_id, remedy="get takes and re-arms in one step"
+            )
         _check_clear_range(slot, first_page, mask.npages)
         index, values = mask.nonzero_words()
         with _nothing_lost(port, slot, bitmap):
@@ -167,12 +169,15 @@ def _copy_to_caller(slot: MemorySlot, words: DirtyWords, copy: Callable[[DirtyWo
 def _check_has_bitmap(port: Port, slot: MemorySlot) -> None:
     if not port.has_bitmap:
         raise UnsupportedError(
-            f"slot {slot.id} is logged in a ring without a bitmap", errno=errno.ENXIO, slot=slot.id, remedy="harvest the ring instead"
+            f"slot {slot.id} is logged in a ring without a bitmap",
+            errno=errno.ENXIO,
+            slot=slot.id,
+            remedy="harvest the ring instead",
         )
 
 
 def _check_clear_range(slot: MemorySlot, first_page: int, npages: int) -> None:
-    # Subtraction, not addition: a sum of two large numbers may wrap in other languages and here just hides the rule (KVM 98938aa8edd6).
+    # By subtraction, as KVM does since 98938aa8edd6: its sum could wrap.
     if first_page < 0 or first_page > slot.npages or npages > slot.npages - first_page:
         rule = f"must lie within its {slot.npages} pages"
     elif first_page % PAGES_PER_WORD:

@@ -62,7 +62,8 @@ class MemorySlot:
             )
         if self.base_gfn < 0 or self.base_gfn > MAX_GFN - self.npages:
             raise InvalidArgumentError(
-                f"{self.npages} pages from gfn {self.base_gfn:#x} do not lie between gfn 0 and {MAX_GFN:#x}", slot=self.id
+                f"{self.npages} pages from gfn {self.base_gfn:#x} do not lie between gfn 0 and {MAX_GFN:#x}",
+                slot=self.id,
             )
 
     @property

@@ -51,7 +51,7 @@ class Port(ABC):
 
     @abstractmethod
     def stop_logging(self, slot: MemorySlot) -> None:
-        """Logging of this slot has ended: its bitmap is gone. Called with mmu_lock held; a flush follows."""
+        """End the logging of a slot, whose bitmap is gone. Called with mmu_lock held; a flush follows."""
 
     @abstractmethod
     def flush_tlbs(self, slot: MemorySlot) -> None:

@@ -28,8 +28,8 @@ class SlotBitmap:
         self._flags = np.zeros(nwords, np.bool_)
         self._taken: np.ndarray[tuple[int], np.dtype[np.int64]] | None = None
         # A memoryview reads and writes one word several times as fast as NumPy: this is the miss handler's way in.
-        self._current_view = memoryview(self._current)
-        self._flags_view = memoryview(self._flags)
+        self._current_view = self._current.data
+        self._flags_view = self._flags.data
         if all_set:
             self.merge(words_of_range(0, npages))
 
@@ -41,8 +41,8 @@ class SlotBitmap:
 
     def merge(self, words: DirtyWords) -> None:
         """Set every bit of ``words``."""
-        self._current[words.index] |= words.values
-        self._flags[words.index] = True
+        self._current[words.offsets] |= words.values
+        self._flags[words.offsets] = True
 
     def read(self) -> DirtyWords:
         """Return a copy of the non-zero words and change nothing."""
@@ -64,9 +64,9 @@ class SlotBitmap:
     def exchange_masked(self, mask: DirtyWords) -> DirtyWords:
         """Take the snapshot of the set bits that are in ``mask`` too, and clear just those (fetch_andnot in KVM)."""
         self.give_back()
-        values = self._current[mask.index] & mask.values
+        values = self._current[mask.offsets] & mask.values
         chosen = np.flatnonzero(values)
-        index = mask.index[chosen]
+        index = mask.offsets[chosen]
         snapshot = self._snapshot[: len(index)]
         snapshot[:] = values[chosen]
         self._taken = index
@@ -81,5 +81,5 @@ class SlotBitmap:
             self._taken = None
 
     def commit(self) -> None:
-        """The snapshot has been delivered: forget it."""
+        """Forget the snapshot: it has been delivered."""
         self._taken = None

@@ -44,7 +44,12 @@ class TraceCpu:
     """A CPU that runs a trace. ``host(address)`` gives the page of host memory at a host-physical address."""
 
     def __init__(
-        self, vcpu: int, architecture: str, trace: Iterable[Access], translate: Translate, host: Callable[[int], memoryview]
+        self,
+        vcpu: int,
+        architecture: str,
+        trace: Iterable[Access],
+        translate: Translate,
+        host: Callable[[int], memoryview],
     ) -> None:
         self._vcpu = vcpu
         self._architecture = architecture
@@ -99,8 +104,8 @@ class TraceCpu:
         found = self._translate(self._vcpu, address >> PAGE_SHIFT, write)
         if found is None:
             raise GuestFaultError(
-                f"the {self._architecture} guest's {'store to' if write else 'load from'} {address:#x} (access {self._steps} of its trace) "
-                "hits no slot that permits it",
+                f"the {self._architecture} guest's {'store to' if write else 'load from'} {address:#x} "
+                f"(access {self._steps} of its trace) hits no slot that permits it",
                 pc=self._steps,
                 address=address,
                 architecture=self._architecture,

@@ -39,7 +39,7 @@ def unicorn_version() -> str | None:
 
 
 class UnicornCpu:
-    """One CPU of an instruction set. ``ram`` lists (host-physical address, host address, nbytes) of the memory that it can reach."""
+    """One CPU of an instruction set. ``ram`` lists (host-physical address, host address, nbytes) of the memory it can reach."""
 
     def __init__(
         self,
@@ -72,7 +72,9 @@ class UnicornCpu:
         if isa.arch in ("ARM", "ARM64"):
             uc.ctl_set_page_size(PAGE_SIZE)
         if uc.ctl_get_page_size() != PAGE_SIZE:
-            raise UnsupportedError(f"this Unicorn has pages of {uc.ctl_get_page_size()} bytes for {isa.name}; {PAGE_SIZE} are needed")
+            raise UnsupportedError(
+                f"this Unicorn has pages of {uc.ctl_get_page_size()} bytes for {isa.name}; {PAGE_SIZE} are needed"
+            )
         uc.ctl_set_tlb_mode(unicorn.UC_TLB_VIRTUAL)
         for address, host, nbytes in ram:
             # Safe: the machine keeps the mapping until its CPUs are gone, and this is its whole length.

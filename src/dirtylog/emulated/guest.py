@@ -64,7 +64,13 @@ def check_size(arch: str, nbytes: int) -> int:
 
 
 def make_guest(
-    arch: str, nbytes: int, *, program: str = "sweep", vcpus: int = 1, loops: Sequence[Pattern] | None = None, image: Image | None = None
+    arch: str,
+    nbytes: int,
+    *,
+    program: str = "sweep",
+    vcpus: int = 1,
+    loops: Sequence[Pattern] | None = None,
+    image: Image | None = None,
 ) -> EmulatedMemory:
     """Return a paused guest: slot 0 is its RAM from guest-physical address 0, slot 1 a read-only page with the store loop.
 
@@ -108,7 +114,13 @@ def _trace_cpu(memory: EmulatedMemory, arch: str, loops: Sequence[Pattern], inde
 
 def _loop_cpu(memory: EmulatedMemory, isa: Isa, rom: int, loops: Sequence[Pattern], index: int) -> Cpu:
     return UnicornCpu(
-        index, isa, memory.host_ranges(), memory.port.translate, entry=rom, halt=rom + isa.halt, registers=loops[index].registers()
+        index,
+        isa,
+        memory.host_ranges(),
+        memory.port.translate,
+        entry=rom,
+        halt=rom + isa.halt,
+        registers=loops[index].registers(),
     )
 
 

@@ -35,7 +35,7 @@ class HashedTable:
     def _allocate(self, ngroups: int) -> None:
         self.ngroups = ngroups
         self.words = np.zeros((ngroups * GROUP, 2), f">u{self.word_bytes}")
-        self.buffer = memoryview(self.words.reshape(-1).view(np.uint8))
+        self.buffer = self.words.reshape(-1).view(np.uint8).data
         self.frames = np.full(ngroups * GROUP, -1, np.int64)
 
     def groups(self, gfn: int) -> tuple[tuple[int, int], tuple[int, int]]:

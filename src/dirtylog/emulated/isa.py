@@ -29,13 +29,23 @@ class Isa:
     @property
     def max_address(self) -> int:
         """No guest or host-physical address of this instruction set's guests reaches this."""
-        return 1 << 32 if self.word_bytes == 4 else 1 << 40
+        return 1 << (32 if self.word_bytes == 32 // 8 else 40)
 
 
 ISAS: dict[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa("x86", "X86", ("64",), "x86", ("RSI", "R8", "R9", "RDX", "RDI", "RAX", "RBX", "RCX", "R10"), "RIP", 8, "little", 0x22),
+        Isa(
+            "x86",
+            "X86",
+            ("64",),
+            "x86",
+            ("RSI", "R8", "R9", "RDX", "RDI", "RAX", "RBX", "RCX", "R10"),
+            "RIP",
+            8,
+            "little",
+            0x22,
+        ),
         Isa("arm", "ARM", ("ARM",), "arm", tuple(f"R{i}" for i in range(9)), "PC", 4, "little", 0x28),
         Isa("arm64", "ARM64", ("ARM",), "arm64", tuple(f"X{i}" for i in range(9)), "PC", 8, "little", 0x20),
         Isa("mips", "MIPS", ("MIPS32", "BIG_ENDIAN"), "mips", tuple(map(str, range(4, 13))), "PC", 4, "big", 0x30),

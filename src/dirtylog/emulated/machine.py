@@ -118,7 +118,9 @@ class EmulatedMemory:
         offsets = checked_pages(pages, memslot.npages)
         contents = np.asarray(data, np.uint8)
         if contents.shape != (len(offsets), PAGE_SIZE):
-            raise InvalidArgumentError(f"data of shape {contents.shape} for {len(offsets)} pages: it must be ({len(offsets)}, {PAGE_SIZE})")
+            raise InvalidArgumentError(
+                f"data of shape {contents.shape} for {len(offsets)} pages: it must be ({len(offsets)}, {PAGE_SIZE})"
+            )
         try:
             self._ram[memslot].pages[offsets] = contents
         finally:
@@ -131,7 +133,9 @@ class EmulatedMemory:
         slot = self.slots.find(address >> PAGE_SHIFT)
         offset = 0 if slot is None else address - (slot.base_gfn << PAGE_SHIFT)
         if slot is None or offset + len(image) > slot.nbytes:
-            raise InvalidArgumentError(f"a program of {len(image)} bytes does not fit at address {address:#x}: no slot holds all of it")
+            raise InvalidArgumentError(
+                f"a program of {len(image)} bytes does not fit at address {address:#x}: no slot holds all of it"
+            )
         flat = self._ram[slot].pages.reshape(-1)
         flat[offset : offset + len(image)] = np.frombuffer(image, np.uint8)
 
@@ -175,9 +179,9 @@ class EmulatedMemory:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until every vCPU has halted; return whether all have. Raises the error of one that faulted."""
-        done = all([vcpu.wait(timeout) for vcpu in self.vcpus])
+        waited = [vcpu.wait(timeout) for vcpu in self.vcpus]
         self.check()
-        return done
+        return all(waited)
 
     def check(self) -> None:
         """Raise the error of the first vCPU that faulted, if any."""
@@ -207,6 +211,7 @@ class EmulatedMemory:
     def _check_reach(self, slot: MemorySlot, base_gfn: int) -> None:
         if base_gfn + slot.npages > self.port.max_gfn:
             raise InvalidArgumentError(
-                f"a slot that ends at gfn {base_gfn + slot.npages:#x}: the {self.port.name} port's tables reach gfn {self.port.max_gfn - 1:#x}",
+                f"a slot that ends at gfn {base_gfn + slot.npages:#x}: the {self.port.name} port's tables reach "
+                f"gfn {self.port.max_gfn - 1:#x}",
                 slot=slot.id,
             )

@@ -80,7 +80,7 @@ class SoftwarePort(Port):
         """Forget every translation of a slot that moves or goes. Called with mmu_lock held; a flush follows."""
 
     def tlb_flushed(self, vcpu: int) -> None:
-        """A vCPU has just flushed its TLB, on its own thread. Called without mmu_lock."""
+        """Learn that a vCPU has just flushed its TLB; called on its own thread, without mmu_lock."""
 
     def flush_tlbs(self, slot: MemorySlot) -> None:  # noqa: ARG002 - these TLBs are flushed whole
         """Have every vCPU flush, and return when each has done so or is sure to before it runs guest code."""

@@ -6,10 +6,13 @@ The loop stores a value to page ``base + page``, adds ``step`` to the value, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dirtylog.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PAGE_SIZE = 4096
 
@@ -60,7 +63,10 @@ def random(window_page: int, window_pages: int, index: int, vcpus: int) -> Patte
 
 
 def hotset(window_page: int, window_pages: int, index: int, vcpus: int) -> Pattern:
-    """Write a few hot pages over and over; the last of several vCPUs sweeps the whole window, so that the rest is cool, not dead."""
+    """Write a few hot pages over and over; the last of several vCPUs sweeps the whole window, so that the rest is cool, not dead.
+
+    Each vCPU has hot pages of its own: a 32nd, 64th or 128th of the window, as their number goes.
+    """
     if vcpus > 1 and index == vcpus - 1:
         return sweep(window_page, window_pages, 0, 1)
     hot = max(1, window_pages >> (5 + index % 3))
@@ -73,7 +79,12 @@ def idle(window_page: int, window_pages: int, index: int, vcpus: int) -> Pattern
     return Pattern(base=window_page * PAGE_SIZE, count=0)
 
 
-PROGRAMS: dict[str, Callable[[int, int, int, int], Pattern]] = {"sweep": sweep, "random": random, "hotset": hotset, "idle": idle}
+PROGRAMS: dict[str, Callable[[int, int, int, int], Pattern]] = {
+    "sweep": sweep,
+    "random": random,
+    "hotset": hotset,
+    "idle": idle,
+}
 """By name: a function of (first page of the window, pages in it, a power of two, vCPU index, number of vCPUs)."""
 
 

@@ -35,14 +35,14 @@ class TableMemory:
         self._codec = struct.Struct(f"{prefix}Q")
         self._used = 0
         self._free: list[int] = []
-        self._resize(64)
+        self.words: NDArray[np.uint64] = np.zeros(64 * TABLE_PAGE // _ENTRY, self._dtype)
+        self.buffer = self.words.view(np.uint8).data
 
-    def _resize(self, npages: int) -> None:
-        words = np.zeros(npages * TABLE_PAGE // _ENTRY, self._dtype)
-        if self._used:
-            words[: len(self.words)] = self.words
+    def _grow(self) -> None:
+        words = np.zeros(2 * len(self.words), self._dtype)
+        words[: len(self.words)] = self.words
         self.words = words
-        self.buffer = memoryview(words.view(np.uint8))
+        self.buffer = words.view(np.uint8).data
 
     def allocate(self, nbytes: int, fill: int = 0) -> int:
         """Return the offset of a table of ``nbytes``, every entry ``fill``, aligned to its size."""
@@ -53,7 +53,7 @@ class TableMemory:
             self._free.extend(range(self._used, offset, TABLE_PAGE))
             self._used = offset + nbytes
             while self._used > self.words.nbytes:
-                self._resize(2 * self.words.nbytes // TABLE_PAGE)
+                self._grow()
         self.words[offset // _ENTRY : (offset + nbytes) // _ENTRY] = fill
         return offset
 

@@ -28,8 +28,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dirtylog.emulated.hashed import GROUP, HashedTable
 from dirtylog.emulated.port import PAGE_SHIFT, SoftwareSyncPort, Translation
 
