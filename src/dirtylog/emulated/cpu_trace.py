@@ -6,6 +6,7 @@ It stands in where Unicorn has no CPU (ia64, loongarch), needs nothing but Pytho
 from __future__ import annotations
 
 import struct
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from dirtylog.emulated.cpu import CpuExit
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from dirtylog.emulated.programs import Pattern
 
 _WORD = struct.Struct("<Q")
+# A thread of pure Python keeps the GIL from others for 5 ms at a time; this one lets it go after so many accesses.
+_TURN = 256
 _OFFSET_MASK = (1 << PAGE_SHIFT) - 1
 
 
@@ -79,6 +82,8 @@ class TraceCpu:
             self._steps += 1
             if self._stop:
                 return CpuExit.STOPPED
+            if not self._steps % _TURN:
+                time.sleep(1e-6)
         return CpuExit.HALTED
 
     def access(self, access: Access) -> int:

@@ -59,6 +59,8 @@ class SoftwarePort(Port):
     )
     isa: ClassVar[str]
     """The instruction set of this port's guests, a name in :mod:`dirtylog.emulated.isa`, or "trace"."""
+    how: ClassVar[str]
+    """What logs a page, in a few words."""
     max_gfn: ClassVar[int]
     """No guest frame number reaches this."""
 

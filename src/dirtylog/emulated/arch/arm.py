@@ -36,6 +36,7 @@ class ArmPort(RadixProtectPort):
     """LPAE stage 2: a page is logged by its HAP field."""
 
     name = "arm"
+    how = "LPAE HAP field"
     isa = "arm"
     format: ClassVar[EntryFormat] = EntryFormat(
         byte_order="little",

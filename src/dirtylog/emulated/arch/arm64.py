@@ -38,6 +38,7 @@ class Arm64Port(RadixProtectPort):
     """VMSAv8-64 stage 2: a page is logged by the write bit of S2AP."""
 
     name = "arm64"
+    how = "stage-2 S2AP write bit"
     isa = "arm64"
     format: ClassVar[EntryFormat] = EntryFormat(
         byte_order="little",

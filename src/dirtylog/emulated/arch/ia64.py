@@ -59,6 +59,7 @@ class Ia64Port(SoftwareSyncPort):
     """VHPT and log area: an insertion with D marks the area; the flush purges every translation."""
 
     name = "ia64"
+    how = "log area per machine"
     isa = "trace"
     max_gfn = 1 << 38
 

@@ -41,6 +41,7 @@ class LoongArchPort(RadixProtectPort):
     """LoongArch secondary MMU: a page is logged by its D and W bits."""
 
     name = "loongarch"
+    how = "D and W bits"
     isa = "trace"
     format: ClassVar[EntryFormat] = EntryFormat(
         byte_order="little",

@@ -44,6 +44,7 @@ class MipsPort(RadixProtectPort):
     """MIPS guest-physical table: a page is logged by its D bit, so that a store raises TLB Modified."""
 
     name = "mips"
+    how = "D (write-enable) bit"
     isa = "mips"
     format: ClassVar[EntryFormat] = EntryFormat(
         byte_order="big",

@@ -89,6 +89,7 @@ class PpcHvPort(SoftwareSyncPort):
     """HPT with hardware changed bits: the sync collects C."""
 
     name = "ppc-hv"
+    how = "hardware C bit, harvested"
     isa = "ppc64"
     max_gfn = VRMA_FRAMES
 

@@ -67,6 +67,7 @@ class PpcPvPort(SoftwareSyncPort):
     """Shadow HPT: a page is marked when it gets an entry that permits writing; the flush drops the slot's entries."""
 
     name = "ppc-pv"
+    how = "dropped shadow entries"
     isa = "ppc32"
     max_gfn = 1 << 20
 

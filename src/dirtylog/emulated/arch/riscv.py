@@ -38,6 +38,7 @@ class RiscvPort(RadixProtectPort):
     """Sv39x4: a page is logged by its W bit."""
 
     name = "riscv"
+    how = "Sv39x4 W bit"
     isa = "riscv64"
     format: ClassVar[EntryFormat] = EntryFormat(
         byte_order="little",

@@ -61,6 +61,7 @@ class S390Port(RadixPort, SoftwareSyncPort):
     """PGSTE: a write fault sets UC; the sync moves UC into the bitmap and protects the page again."""
 
     name = "s390"
+    how = "PGSTE user-change bit"
     isa = "s390x"
     leaf_table_bytes = 4096
     format: ClassVar[EntryFormat] = EntryFormat(

@@ -60,6 +60,7 @@ class X86Port(RadixProtectPort):
     """EPT without accessed and dirty bits: a page is logged by its W bit."""
 
     name = "x86"
+    how = "EPT W bit"
     isa = "x86"
     format: ClassVar[EntryFormat] = EntryFormat(
         byte_order="little",
@@ -81,6 +82,7 @@ class X86PmlPort(X86Port):
     """EPT with accessed and dirty bits: a page is logged by its D bit and the page-modification log."""
 
     name = "x86-pml"
+    how = "EPT D bit, modification log"
 
     def __init__(self, slots: SlotTable, vcpus: Sequence[TlbOwner]) -> None:
         super().__init__(slots, vcpus)

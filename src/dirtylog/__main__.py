@@ -1,0 +1,7 @@
+"""``python -m dirtylog``."""
+
+import sys
+
+from dirtylog.cli import main
+
+sys.exit(main())

@@ -1,0 +1,62 @@
+"""Argument types: each turns a word into a value, or says which rule it breaks."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING
+
+from dirtylog.errors import DirtyLogError, InvalidArgumentError
+from dirtylog.size import parse_size
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def count(text: str) -> int:
+    """Return a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return value
+
+
+def seconds(text: str) -> float:
+    """Return a number of seconds above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0")
+    return value
+
+
+def size(text: str) -> int:
+    """Return a size in bytes."""
+    try:
+        return parse_size(text)
+    except DirtyLogError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def address(text: str) -> int:
+    """Return an address, decimal or with 0x."""
+    try:
+        value = int(text, 0)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an address, such as 4096 or 0x1000")
+    return value
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Refuse a file that exists, unless it may be replaced, or that lies in no directory."""
+    if path.exists() and not force:
+        raise InvalidArgumentError(f"{str(path)!r} exists", remedy="choose another name, or replace it with -f")
+    if not path.absolute().parent.is_dir():
+        raise InvalidArgumentError(f"{str(path)!r} cannot be written: there is no directory {str(path.parent)!r}")

@@ -1,0 +1,65 @@
+"""``dirtylog check``: what this host can log."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dirtylog.cli.command import Command
+from dirtylog.cli.exits import ExitCode
+from dirtylog.emulated.arch import PORTS
+from dirtylog.emulated.cpu_unicorn import unicorn_version
+from dirtylog.emulated.isa import ISAS
+from dirtylog.port import ProtectPort
+
+if TYPE_CHECKING:
+    import argparse
+
+
+class Check(Command):
+    """Say what this host can log, what not, why, and how to get it.
+
+    Exits 3 when nothing can be logged.
+    """
+
+    example: ClassVar[str] = "dirtylog check"
+
+    @staticmethod
+    def prepare(parser: argparse.ArgumentParser) -> None:
+        """Add the arguments of check."""
+        parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+    def run(self, args: argparse.Namespace) -> ExitCode:
+        """Print a line for each source."""
+        version = unicorn_version()
+        ports = [_facts(name, version) for name in PORTS]
+        if args.json:
+            print(json.dumps({"schema": "dirtylog/check/1", "unicorn": version, "ports": ports}))
+        else:
+            print(f"Unicorn: {version or 'not installed'}")
+            print(f"{'target':<15} {'guest CPU':<18} {'logs a page by':<38} {'exactness':<10} available")
+            for port in ports:
+                print(f"{port['target']:<15} {port['cpu']:<18} {port['how']:<38} {port['exactness']:<10} {_available(port)}")
+        return ExitCode.DONE if any(port["available"] for port in ports) else ExitCode.CANNOT
+
+
+def _available(port: dict[str, Any]) -> str:
+    return "yes" if port["available"] else f"no: {port['reason']}; {port['remedy']}"
+
+
+def _facts(name: str, unicorn: str | None) -> dict[str, Any]:
+    port = PORTS[name]
+    traced = port.isa not in ISAS
+    missing = not traced and unicorn is None
+    return {
+        "target": f"emu:{name}",
+        "port": name,
+        "cpu": "trace" if traced else f"Unicorn {port.isa}",
+        "how": port.how,
+        "generic": "get_dirty_log_protect" if issubclass(port, ProtectPort) else "get_dirty_log",
+        "exactness": port.exactness.value,
+        "blind_spots": list(port.blind_spots),
+        "available": not missing,
+        "reason": "Unicorn is not installed" if missing else None,
+        "remedy": "pip install 'dirtylog[emu]'" if missing else None,
+    }

@@ -1,0 +1,1 @@
+"""Consumers that look: rounds of a log, and pictures of them."""

@@ -1,0 +1,55 @@
+"""A log in rounds: let the source run for a while, get, and so on."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from dirtylog.bitmap import DirtyBitmap
+    from dirtylog.dirty_log import DirtyLog
+    from dirtylog.memslot import MemorySlot
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one round found. ``seconds`` is how long writes were gathered, ``get_seconds`` how long the gets took."""
+
+    number: int
+    seconds: float
+    get_seconds: float
+    dirty: dict[MemorySlot, DirtyBitmap]
+
+    @property
+    def dirty_pages(self) -> int:
+        """How many pages were reported."""
+        return sum(bitmap.count() for bitmap in self.dirty.values())
+
+    @property
+    def dirty_bytes(self) -> int:
+        """How many bytes these pages have."""
+        return sum(bitmap.count() * slot.page_size for slot, bitmap in self.dirty.items())
+
+    def runs(self) -> NDArray[np.int64]:
+        """Return the runs of dirty pages as rows of (first guest frame number, number of pages), slot by slot."""
+        rows = [bitmap.runs() + np.array((slot.base_gfn, 0)) for slot, bitmap in self.dirty.items()]
+        return np.concatenate(rows) if rows else np.empty((0, 2), np.int64)
+
+
+def rounds(log: DirtyLog, count: int, interval: float) -> Iterator[Round]:
+    """Yield ``count`` rounds of ``interval`` seconds. The log is on, and the source runs; it is not stopped in between."""
+    began = time.perf_counter()
+    for number in range(1, count + 1):
+        time.sleep(max(0.0, began + interval - time.perf_counter()))
+        before = time.perf_counter()
+        dirty = {slot: log.get(slot.id) for slot in log.memory.slots if slot.dirty_bitmap is not None}
+        after = time.perf_counter()
+        yield Round(number, before - began, after - before, dirty)
+        began = before
