@@ -90,6 +90,7 @@ class UnicornCpu:
         self._pc = entry
         # An address that no guest reaches, for an image that never halts.
         self._halt = isa.max_address - 4 if halt is None else halt
+        self._end_page = self._halt >> PAGE_SHIFT << PAGE_SHIFT if halt is None else None
         self._stop_asked = False
         self._refused: int | None = None
         self._raised: BaseException | None = None
@@ -113,7 +114,8 @@ class UnicornCpu:
         self._pc = self._uc.reg_read(self._pc_register)
         if self._raised is not None:
             raise self._raised
-        if error is not None:
+        # After x86's hlt Unicorn goes to its end address, where no slot is: that is a halt too.
+        if error is not None and (self._refused is None or self._refused != self._end_page):
             raise self._fault(error) from error
         # Without a call of stop it was the guest that ended it: at the halt address, or with an instruction such as x86's hlt.
         if self._pc == self._halt or not self._stop_asked:
@@ -136,7 +138,8 @@ class UnicornCpu:
             self._raised = error
             return False
         if found is None:
-            self._refused = address
+            if self._refused is None:  # after a refusal Unicorn asks for its end address too
+                self._refused = address
             return False
         entry.paddr, writable = found
         entry.perms = self._all if writable else self._readable

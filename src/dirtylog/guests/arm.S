@@ -6,7 +6,7 @@
 //          count -= tick } while (count != 0)
 //
 // The host sets every register before entry: count = 0 is an idle guest, tick = 0 one that never stops.
-// Only the last instruction lies at halt, so the halt address is the length of the program less that instruction.
+// The vCPU halts when it reaches the label halt; isa.py has its offset.
 // Registers: r0 page, r1 mul, r2 add, r3 mask, r4 base, r5 value, r6 step, r7 count, r8 tick, r9 scratch
         .arch   armv7-a
         .arm

@@ -6,7 +6,7 @@
 //          count -= tick } while (count != 0)
 //
 // The host sets every register before entry: count = 0 is an idle guest, tick = 0 one that never stops.
-// Only the last instruction lies at halt, so the halt address is the length of the program less that instruction.
+// The vCPU halts when it reaches the label halt; isa.py has its offset.
 // Registers: x0 page, x1 mul, x2 add, x3 mask, x4 base, x5 value, x6 step, x7 count, x8 tick, x9 scratch
         .text
         .globl _start

@@ -6,7 +6,7 @@
 #          count -= tick } while (count != 0)
 #
 # The host sets every register before entry: count = 0 is an idle guest, tick = 0 one that never stops.
-# Only the last instruction lies at halt, so the halt address is the length of the program less that instruction.
+# The vCPU halts when it reaches the label halt; isa.py has its offset.
 # Registers: $4 page, $5 mul, $6 add, $7 mask, $8 base, $9 value, $10 step, $11 count, $12 tick, $13 scratch
         .set    noreorder
         .set    nomacro

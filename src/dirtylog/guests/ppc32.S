@@ -6,7 +6,7 @@
 #          count -= tick } while (count != 0)
 #
 # The host sets every register before entry: count = 0 is an idle guest, tick = 0 one that never stops.
-# Only the last instruction lies at halt, so the halt address is the length of the program less that instruction.
+# The vCPU halts when it reaches the label halt; isa.py has its offset.
 # Registers: r3 page, r4 mul, r5 add, r6 mask, r7 base, r8 value, r9 step, r10 count, r11 tick, r12 scratch
         .text
         .globl  _start

@@ -6,7 +6,7 @@
 #          count -= tick } while (count != 0)
 #
 # The host sets every register before entry: count = 0 is an idle guest, tick = 0 one that never stops.
-# Only the last instruction lies at halt, so the halt address is the length of the program less that instruction.
+# The vCPU halts when it reaches the label halt; isa.py has its offset.
 # Registers: a0 page, a1 mul, a2 add, a3 mask, a4 base, a5 value, a6 step, a7 count, t0 tick, t1 scratch
         .option norvc
         .text

@@ -6,7 +6,7 @@
 //          count -= tick } while (count != 0)
 //
 // The host sets every register before entry: count = 0 is an idle guest, tick = 0 one that never stops.
-// Only the last instruction lies at halt, so the halt address is the length of the program less that instruction.
+// The vCPU halts when it reaches the label halt; isa.py has its offset.
 // Registers: rsi page, r8 mul, r9 add, rdx mask, rdi base, rax value, rbx step, rcx count, r10 tick, r11 scratch
         .intel_syntax noprefix
         .text

@@ -11,7 +11,7 @@ from dirtylog.errors import UnsupportedError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
 
     from dirtylog.bitmap import DirtyBitmap
 
@@ -30,12 +30,12 @@ class HeatMap:
         self._pages_per_row = -(-npages // rows)
         self._rows = -(-npages // self._pages_per_row)
         self._columns: list[NDArray[np.float64]] = []
-        self._ends = [0.0]
+        self._seconds = 0.0
 
     def add(self, dirty: DirtyBitmap, seconds: float) -> None:
         """Add a round that took this long."""
         self._columns.append(np.bincount(dirty.pages() // self._pages_per_row, minlength=self._rows).astype(np.float64))
-        self._ends.append(self._ends[-1] + seconds)
+        self._seconds += seconds
 
     def shares(self) -> NDArray[np.float64]:
         """Return float64[stretches, rounds]: the share of a stretch's pages that a round wrote, 0 to 1."""
@@ -61,14 +61,15 @@ class HeatMap:
         )
         axes.set(xlabel="round", ylabel="page offset in the slot (MiB)", ylim=(0, total), title=title)
         axes.set_facecolor("white")
-        time_axis = axes.secondary_xaxis("top", functions=(self._to_seconds, self._to_rounds))
-        time_axis.set_xlabel("time (s)")
+        if self._seconds:
+            length = self._seconds / len(self._columns)
+            axes.secondary_xaxis(
+                "top",
+                functions=(
+                    lambda edge: (np.asarray(edge, float) - 0.5) * length,
+                    lambda seconds: np.asarray(seconds, float) / length + 0.5,
+                ),
+            ).set_xlabel("time (s)")
         bar = figure.colorbar(mesh, ax=axes)
         bar.set_label(f"pages written in the round (% of each {self._pages_per_row * self.page_size // 1024} KiB; white: none)")
         figure.savefig(path)
-
-    def _to_seconds(self, edge: ArrayLike) -> NDArray[np.float64]:
-        return (np.asarray(edge, float) - 0.5) * self._ends[-1] / max(1, len(self._columns))
-
-    def _to_rounds(self, seconds: ArrayLike) -> NDArray[np.float64]:
-        return np.asarray(seconds, float) * max(1, len(self._columns)) / max(self._ends[-1], 1e-9) + 0.5

@@ -1,0 +1,55 @@
+"""What every test run says at its end: what of this machine was exercised, and what was not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CROSS_TOOLS = ("aarch64", "arm", "mips", "powerpc", "powerpc64", "riscv64", "s390x", "x86_64")
+
+
+def _resources() -> list[tuple[str, bool, str]]:
+    """Return (what, is it here, what it exercises)."""
+    kvm = Path("/dev/kvm")
+    return [
+        ("Unicorn", importlib.util.find_spec("unicorn") is not None, "guests of eight instruction sets"),
+        ("Matplotlib", importlib.util.find_spec("matplotlib") is not None, "heat maps"),
+        *(
+            (f"binutils {tool}", find_tool(tool, "as") is not None, "the guest program is what its source says")
+            for tool in CROSS_TOOLS
+        ),
+        ("/dev/kvm", kvm.exists() and os.access(kvm, os.R_OK | os.W_OK), "nothing yet: no test needs it"),
+    ]
+
+
+def find_tool(target: str, name: str) -> str | None:
+    """Return the path of a binutils program for a target, or None."""
+    for prefix in (f"{target}-linux-gnu-", f"{target}-linux-gnueabihf-"):
+        found = shutil.which(prefix + name)
+        if found:
+            return found
+    return None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the table."""
+    terminalreporter.section("exercised on this machine")
+    for what, here, exercises in _resources():
+        terminalreporter.write_line(f"{'yes' if here else 'NO ':<4} {what:<22} {exercises}")
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_left_behind() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    left = [thread for thread in threading.enumerate() if thread not in before and thread.name.startswith("vcpu-")]
+    assert not left, f"threads left behind: {left}"
