@@ -104,13 +104,7 @@ class UnicornCpu:
         """Run from where the last run ended."""
         if self._pc == self._halt:
             return CpuExit.HALTED
-        self._stop_asked = False
-        self._refused = self._raised = None
-        error: Exception | None = None
-        try:
-            self._uc.emu_start(self._pc, self._halt)
-        except self._uc_error as caught:
-            error = caught
+        error = self._emulate()
         self._pc = self._uc.reg_read(self._pc_register)
         if self._raised is not None:
             raise self._raised
@@ -121,6 +115,15 @@ class UnicornCpu:
         if self._pc == self._halt or not self._stop_asked:
             return CpuExit.HALTED
         return CpuExit.STOPPED
+
+    def _emulate(self) -> Exception | None:
+        self._stop_asked = False
+        self._refused = self._raised = None
+        try:
+            self._uc.emu_start(self._pc, self._halt)
+        except self._uc_error as error:
+            return error
+        return None
 
     def stop(self) -> None:
         """Make :meth:`run` return at the end of the current translation block."""
