@@ -115,5 +115,5 @@ class TraceCpu:
                 address=address,
                 architecture=self._architecture,
             )
-        entry = self._tlb[address >> PAGE_SHIFT] = (self._host(found.address), found.writable)
+        entry = self._tlb[address >> PAGE_SHIFT] = (self._host(found[0]), found[1])
         return entry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from dirtylog.emulated.tables import TABLE_PAGE, EntryFormat, RadixTables, gfn_chunks
 from dirtylog.port import Port, ProtectPort, SyncPort
@@ -16,15 +16,11 @@ if TYPE_CHECKING:
     from dirtylog.memslot import MemorySlot, SlotTable
     from dirtylog.slotbitmap import SlotBitmap
 
+Translation = tuple[int, bool]
+"""What a miss puts into a TLB: the host-physical address of the page, and whether stores may go through."""
+
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
-
-
-class Translation(NamedTuple):
-    """What a miss puts into a TLB: the host-physical address of the page, and whether stores may go through."""
-
-    address: int
-    writable: bool
 
 
 @dataclass(slots=True)
@@ -115,24 +111,24 @@ class RadixPort(SoftwarePort):
     def __init__(self, slots: SlotTable, vcpus: Sequence[TlbOwner]) -> None:
         super().__init__(slots, vcpus)
         self.tables = RadixTables(self.format, leaf_table_bytes=self.leaf_table_bytes)
-        self._permission = self.format.write | self.format.protect
+        form = self.format
+        self._present, self._write, self._permission = form.present, form.write, form.write | form.protect
 
     def translate(self, vcpu: int, gfn: int, write: bool) -> Translation | None:  # noqa: ARG002, FBT001 - as declared
         """Walk, and where the walk finds no entry or no permission, fault."""
-        form = self.format
         with self.mmu_lock:
             if gfn >= self.max_gfn:
                 return None
             offset, entry, block = self.tables.walk(gfn)
-            if not entry & form.present or (write and entry & self._permission != form.write):
+            if not entry & self._present or (write and entry & self._permission != self._write):
                 fixed = self._fault(gfn, write, offset, entry, block)
                 if fixed is None:
                     return None
                 entry, block = fixed
-            address = form.address(entry)
+            address = self.format.address(entry)
             if block:
                 address += (gfn & self.tables.block_pages - 1) << PAGE_SHIFT
-            return Translation(address, entry & self._permission == form.write)
+            return address, entry & self._permission == self._write
 
     def start_logging(self, slot: MemorySlot) -> None:
         """Write-protect the slot. Blocks stay, without permission, until a write splits them."""

@@ -32,7 +32,7 @@ class TableMemory:
     def __init__(self, byte_order: Literal["little", "big"]) -> None:
         prefix = "<" if byte_order == "little" else ">"
         self._dtype = np.dtype(f"{prefix}u8")
-        self._codec = struct.Struct(f"{prefix}Q")
+        self.codec = struct.Struct(f"{prefix}Q")
         self._used = 0
         self._free: list[int] = []
         self.words: NDArray[np.uint64] = np.zeros(64 * TABLE_PAGE // _ENTRY, self._dtype)
@@ -63,12 +63,12 @@ class TableMemory:
 
     def load(self, offset: int) -> int:
         """Return the 64-bit entry at a byte offset."""
-        entry: int = self._codec.unpack_from(self.buffer, offset)[0]
+        entry: int = self.codec.unpack_from(self.buffer, offset)[0]
         return entry
 
     def store(self, offset: int, entry: int) -> None:
         """Write the 64-bit entry at a byte offset."""
-        self._codec.pack_into(self.buffer, offset, entry)
+        self.codec.pack_into(self.buffer, offset, entry)
 
     def read(self, address: int, nbytes: int) -> bytes:
         """Return bytes at a host-physical address, as a hardware walker reads them."""
@@ -153,6 +153,14 @@ class RadixTables:
         self._leaf_mask = levels[-1][1]
         self.block_pages = self._leaf_mask + 1
         self._block_value = (form.block or 0) & form.block_mask
+        # Without blocks the value is one that no masked entry has.
+        self._walk_constants = (
+            form.table_present,
+            form.table_address_mask,
+            form.table_address_shift,
+            form.block_mask,
+            self._block_value if form.block_mask else -1,
+        )
         self._root = self.memory.allocate((1 << form.index_bits[0]) * _ENTRY, form.empty_table)
 
     @property
@@ -165,19 +173,20 @@ class RadixTables:
 
         Where an entry above the leaves is empty, the answer is that entry's offset, 0, and True.
         """
-        form, load = self.format, self.memory.load
-        table_present, block_mask, block_value = form.table_present, form.block_mask, self._block_value
+        # Every miss comes through here: names are looked up once, and the loads are not calls of load.
+        unpack, buffer = self.memory.codec.unpack_from, self.memory.buffer
+        table_present, address_mask, address_shift, block_mask, block_value = self._walk_constants
         table = self._root
         for shift, mask in self._upper:
             offset = table + (gfn >> shift & mask) * _ENTRY
-            entry = load(offset)
+            entry: int = unpack(buffer, offset)[0]
             if not entry & table_present:
                 return offset, 0, True
-            if block_mask and entry & block_mask == block_value:
+            if entry & block_mask == block_value:
                 return offset, entry, True
-            table = _shift(entry & form.table_address_mask, form.table_address_shift) - TABLES
+            table = ((entry & address_mask) << address_shift) - TABLES
         offset = table + (gfn & self._leaf_mask) * _ENTRY
-        return offset, load(offset), False
+        return offset, unpack(buffer, offset)[0], False
 
     def leaf(self, gfn: int) -> int:
         """Return the offset of the leaf of ``gfn``, making tables on the way. There must be no block there."""

@@ -78,7 +78,7 @@ class Ia64Port(SoftwareSyncPort):
                 entry = self._insert(table, offset, gfn, write)
                 if entry is None:
                     return None
-            return Translation(entry & PPN_MASK, bool(entry & DIRTY))
+            return entry & PPN_MASK, bool(entry & DIRTY)
 
     def vhpt(self, vcpu: int) -> bytearray:
         """Return a vCPU's VHPT, of 2048 entries of 32 bytes."""

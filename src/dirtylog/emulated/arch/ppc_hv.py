@@ -66,6 +66,7 @@ VRMA_FRAMES = 1 << 28
 # The bytes of a big-endian entry that hold V and absent, and C.
 _VALID_BYTE = 7
 _CHANGED_BYTE = 15
+_SCAN = 1 << 16  # entries looked at at a time, so that a sync needs no scratch that grows with the table
 MIN_GROUPS = 1 << 11  # the eleven bits of the page number that AVPN leaves out must choose the group
 
 
@@ -112,7 +113,7 @@ class PpcHvPort(SoftwareSyncPort):
                     return None
                 if not second & CHANGED:
                     self._late.setdefault(vcpu, _LateWrites()).young.add(entry)
-            return Translation(second & REAL_PAGE, write or bool(second & CHANGED))
+            return second & REAL_PAGE, write or bool(second & CHANGED)
 
     def sync_dirty_log(self, slot: MemorySlot) -> None:
         """Collect C of every entry of the slot into the bitmap, and clear it."""
@@ -189,11 +190,14 @@ class PpcHvPort(SoftwareSyncPort):
     def _test_and_clear_changed(self, slot: MemorySlot) -> NDArray[np.int64]:
         """Return the slot's frames whose C is set, and clear it; the entries are absent meanwhile."""
         octets = self._octets()
-        entries = np.flatnonzero(octets[:, _CHANGED_BYTE] & CHANGED)
-        gfns = self.table.frames[entries]
-        here = (gfns >= slot.base_gfn) & (gfns < slot.end_gfn)
-        entries = entries[here]
-        octets[entries, _VALID_BYTE] ^= np.uint8(VALID | ABSENT)
-        octets[entries, _CHANGED_BYTE] &= ~np.uint8(CHANGED)
-        octets[entries, _VALID_BYTE] ^= np.uint8(VALID | ABSENT)
-        return gfns[here]
+        found = []
+        for start in range(0, len(octets), _SCAN):
+            entries = start + np.flatnonzero(octets[start : start + _SCAN, _CHANGED_BYTE] & CHANGED != 0)
+            gfns = self.table.frames[entries]
+            here = (gfns >= slot.base_gfn) & (gfns < slot.end_gfn)
+            entries = entries[here]
+            octets[entries, _VALID_BYTE] ^= np.uint8(VALID | ABSENT)
+            octets[entries, _CHANGED_BYTE] &= ~np.uint8(CHANGED)
+            octets[entries, _VALID_BYTE] ^= np.uint8(VALID | ABSENT)
+            found.append(gfns[here])
+        return np.concatenate(found)

@@ -85,7 +85,7 @@ class PpcPvPort(SoftwareSyncPort):
                     return None
             else:
                 second = found[1]
-            return Translation(second & REAL_PAGE, second & PP_MASK == PP_READ_WRITE)
+            return second & REAL_PAGE, second & PP_MASK == PP_READ_WRITE
 
     def sync_dirty_log(self, slot: MemorySlot) -> None:
         """Nothing to do: pages are marked as they are mapped."""

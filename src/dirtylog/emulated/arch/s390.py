@@ -55,6 +55,7 @@ ENTRIES = 256
 # The byte of a big-endian PGSTE that holds UC, and UC in that byte.
 _UC_BYTE = 6
 _UC_IN_BYTE = 0x80
+_SCAN = 1 << 16  # pages looked at at a time, so that a sync needs no scratch that grows with the slot
 
 
 class S390Port(RadixPort, SoftwareSyncPort):
@@ -109,10 +110,16 @@ class S390Port(RadixPort, SoftwareSyncPort):
 
     def _test_and_clear_uc(self, slot: MemorySlot) -> NDArray[np.int64]:
         """Return the frames of a slot whose UC is set, ascending, and clear it."""
-        first, tables = self.tables.leaf_tables(slot.base_gfn, slot.npages)
         octets = np.frombuffer(self.tables.memory.buffer, np.uint8).reshape(-1, 2, ENTRIES, 8)[:, 1, :, _UC_BYTE]
-        segment, page = np.nonzero(octets[tables // self.leaf_table_bytes] & _UC_IN_BYTE)
-        gfns = first[segment] + page
-        here = (gfns >= slot.base_gfn) & (gfns < slot.end_gfn)  # a segment may serve two slots
-        octets[tables[segment[here]] // self.leaf_table_bytes, page[here]] &= 0xFF ^ _UC_IN_BYTE
-        return gfns[here]
+        found = []
+        for start in range(slot.base_gfn, slot.end_gfn, _SCAN):
+            stop = min(start + _SCAN, slot.end_gfn)
+            first, tables = self.tables.leaf_tables(start, stop - start)
+            frames = tables // self.leaf_table_bytes
+            dirty = np.flatnonzero(octets[frames] & _UC_IN_BYTE != 0)
+            segment, page = dirty // ENTRIES, dirty % ENTRIES
+            gfns = first[segment] + page
+            here = (gfns >= start) & (gfns < stop)  # a segment may serve two slots
+            octets[frames[segment[here]], page[here]] &= 0xFF ^ _UC_IN_BYTE
+            found.append(gfns[here])
+        return np.concatenate(found)

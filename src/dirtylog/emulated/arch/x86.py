@@ -108,7 +108,7 @@ class X86PmlPort(X86Port):
             if block:
                 address += (gfn & self.tables.block_pages - 1) << PAGE_SHIFT
             # A store through a translation cached with D clear walks again to set it.
-            return Translation(address, entry & (WRITE | DIRTY) == WRITE | DIRTY)
+            return address, entry & (WRITE | DIRTY) == WRITE | DIRTY
 
     def enable_log_dirty(self, slot: MemorySlot, words: DirtyWords) -> None:
         """Clear the D bits of the pages; write-protect blocks."""
