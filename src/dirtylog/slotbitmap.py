@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dirtylog.bitmap import PAGES_PER_WORD, DirtyWords, word_count, words_of_range
+from dirtylog.bitmap import DirtyWords, word_count, words_of_range
 
 
 class SlotBitmap:
@@ -35,8 +35,8 @@ class SlotBitmap:
 
     def mark(self, page: int) -> None:
         """Set the bit of one page."""
-        word = page // PAGES_PER_WORD
-        self._current_view[word] |= 1 << page % PAGES_PER_WORD
+        word = page >> 6
+        self._current_view[word] |= 1 << (page & 63)
         self._flags_view[word] = True
 
     def merge(self, words: DirtyWords) -> None:

@@ -37,25 +37,26 @@ class HashedTable:
         self.buffer = self.words.reshape(-1).view(np.uint8).data
         self.frames = np.full(ngroups * GROUP, -1, np.int64)
 
-    def groups(self, gfn: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return (group, first word) of a page's entry in its primary and in its secondary group."""
-        mask, tag, value = self.ngroups - 1, self._tag(gfn), self._hash_of(gfn)
-        return (value & mask, tag), (~value & mask, tag | self._secondary)
+    def primary(self, gfn: int) -> tuple[int, int]:
+        """Return (group, first word) of a page's entry in its primary group."""
+        return self._hash_of(gfn) & self.ngroups - 1, self._tag(gfn)
 
     def find(self, gfn: int) -> tuple[int, int] | None:
         """Return (entry number, second word) of the valid entry of a page, as the hardware searches for it."""
-        for group, tag in self.groups(gfn):
+        tag, group = self._tag(gfn), self._hash_of(gfn) & self.ngroups - 1
+        place = self._place(group, tag)
+        if place is None:
+            tag, group = tag | self._secondary, group ^ self.ngroups - 1
             place = self._place(group, tag)
-            if place is not None:
-                entry = group * GROUP + place
-                offset = entry * self.entry_bytes + self.word_bytes
-                return entry, self._word_codec.unpack_from(self.buffer, offset)[0]
-        return None
+            if place is None:
+                return None
+        entry = group * GROUP + place
+        return entry, self._word_codec.unpack_from(self.buffer, entry * self.entry_bytes + self.word_bytes)[0]
 
     def _place(self, group: int, first_word: int) -> int | None:
         """Return the place in a group of an entry with this first word. The search in bytes is the fastest that Python has."""
         start = group * self.group_bytes
-        octets = bytes(self.buffer[start : start + self.group_bytes])
+        octets = self.buffer[start : start + self.group_bytes].tobytes()
         wanted = self._word_codec.pack(first_word)
         found = octets.find(wanted)
         while found >= 0:
@@ -70,13 +71,16 @@ class HashedTable:
 
     def insert(self, gfn: int, second: int) -> int | None:
         """Make a valid entry in a free place and return its number, or None if both groups are full."""
-        for group, tag in self.groups(gfn):
+        tag, group = self._tag(gfn), self._hash_of(gfn) & self.ngroups - 1
+        place = self._place(group, 0)
+        if place is None:
+            tag, group = tag | self._secondary, group ^ self.ngroups - 1
             place = self._place(group, 0)
-            if place is not None:
-                entry = group * GROUP + place
-                self.write(entry, gfn, tag, second)
-                return entry
-        return None
+            if place is None:
+                return None
+        entry = group * GROUP + place
+        self.write(entry, gfn, tag, second)
+        return entry
 
     def write(self, entry: int, gfn: int, tag: int, second: int) -> None:
         """Make ``entry`` the valid entry of a page; the second word is written before the one that makes it valid."""

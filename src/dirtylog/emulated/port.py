@@ -111,8 +111,11 @@ class RadixPort(SoftwarePort):
     def __init__(self, slots: SlotTable, vcpus: Sequence[TlbOwner]) -> None:
         super().__init__(slots, vcpus)
         self.tables = RadixTables(self.format, leaf_table_bytes=self.leaf_table_bytes)
+        # The format's masks, looked up once for the miss path.
         form = self.format
         self._present, self._write, self._permission = form.present, form.write, form.write | form.protect
+        self._address_mask, self._protect_mask = form.address_mask, ~form.protect
+        self._address_left, self._address_right = max(0, form.address_shift), max(0, -form.address_shift)
 
     def translate(self, vcpu: int, gfn: int, write: bool) -> Translation | None:  # noqa: ARG002, FBT001 - as declared
         """Walk, and where the walk finds no entry or no permission, fault."""
@@ -125,7 +128,7 @@ class RadixPort(SoftwarePort):
                 if fixed is None:
                     return None
                 entry, block = fixed
-            address = self.format.address(entry)
+            address = (entry & self._address_mask) << self._address_left >> self._address_right
             if block:
                 address += (gfn & self.tables.block_pages - 1) << PAGE_SHIFT
             return address, entry & self._permission == self._write
@@ -155,14 +158,14 @@ class RadixPort(SoftwarePort):
         if not entry & form.present:
             offset, entry, block = self._new_entry(slot, gfn)
             if write or (bitmap is None and not slot.readonly):
-                entry = form.granted(entry)
+                entry = (entry | self._write) & self._protect_mask
         else:
             if block and bitmap is not None:
                 self.tables.split(offset)
                 self.stats.splits += 1
                 block, offset = False, self.tables.leaf(gfn)
                 entry = memory.load(offset)
-            entry = form.granted(entry)
+            entry = (entry | self._write) & self._protect_mask
         if write and bitmap is not None:
             self._log_write(bitmap, gfn - slot.base_gfn, offset)
         memory.store(offset, entry)

@@ -112,14 +112,6 @@ class EntryFormat:
     empty_table: int = 0
     empty_leaf: int = 0
 
-    def revoked(self, entry: int) -> int:
-        """Return the entry without write permission."""
-        return entry & ~self.write | self.protect
-
-    def granted(self, entry: int) -> int:
-        """Return the entry with write permission."""
-        return (entry | self.write) & ~self.protect
-
     def leaf_entry(self, address: int, bits: int) -> int:
         """Return the leaf or block of these bits for a host-physical address."""
         return _shift(address, -self.address_shift) | bits

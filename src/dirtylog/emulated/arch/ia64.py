@@ -66,6 +66,7 @@ class Ia64Port(SoftwareSyncPort):
     def __init__(self, slots: SlotTable, vcpus: Sequence[TlbOwner]) -> None:
         super().__init__(slots, vcpus)
         self._area = np.zeros(0, np.uint64)
+        self._area_view = self._area.data
         self._tables: dict[int, bytearray] = {}
 
     def translate(self, vcpu: int, gfn: int, write: bool) -> Translation | None:  # noqa: FBT001 - as declared
@@ -129,7 +130,8 @@ class Ia64Port(SoftwareSyncPort):
             word = gfn // PAGES_PER_WORD
             if word >= len(self._area):
                 self._area = np.concatenate((self._area, np.zeros(word_count(slot.end_gfn) - len(self._area), np.uint64)))
-            self._area[word] |= np.uint64(1 << gfn % PAGES_PER_WORD)
+                self._area_view = self._area.data
+            self._area_view[word] |= 1 << gfn % PAGES_PER_WORD
         _ENTRY.pack_into(table, offset, entry, PAGE_SHIFT << 2, gfn >> VHPT_BITS, gfn << PAGE_SHIFT)
         return entry
 

@@ -162,11 +162,11 @@ class PpcHvPort(SoftwareSyncPort):
     def _write_back_late(self) -> None:
         """Let C bits arrive: all those of a vCPU that is not running, of others those that have been late for one get."""
         for vcpu, late in self._late.items():
-            if not self.vcpus[vcpu].in_guest:
-                self._write_back(vcpu)
-            else:
+            if vcpu < len(self.vcpus) and self.vcpus[vcpu].in_guest:
                 self._set_changed(late.old)
                 late.old, late.young = late.young, set()
+            else:
+                self._write_back(vcpu)
 
     def _write_back(self, vcpu: int) -> None:
         late = self._late.get(vcpu)

@@ -121,6 +121,6 @@ class PpcPvPort(SoftwareSyncPort):
             self.table.set_second(found[0], second)
         elif self.table.insert(gfn, second) is None:
             # The entry that makes room was logged when it was made, so a translation loaded from it is flushed by the next get.
-            group, tag = self.table.groups(gfn)[0]
+            group, tag = self.table.primary(gfn)
             self.table.write(group * GROUP, gfn, tag, second)
         return second
