@@ -8,7 +8,7 @@ clear (98938aa8edd6, 76d58e0f07ec, 4ddc9204572c) in test_errno.py, blocks (a216e
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from dirtylog.slotbitmap import SlotBitmap
 from scene import BASE_GFN, NPAGES, SLOT, Scene
 
 if TYPE_CHECKING:
-    from dirtylog.bitmap import DirtyWords
+    from dirtylog.words import DirtyWords
 
 
 def test_bitmaps_of_the_largest_slot_need_more_than_32_bits_87bf6e7de113() -> None:
@@ -142,21 +142,29 @@ def test_host_writes_are_logged_0a61b222df75(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PORTS)
-def test_a_host_write_is_marked_after_its_bytes_are_there(name: str) -> None:
-    """Marked before, a get in between would take the bit, its caller read the old bytes, and the new ones be lost."""
+def test_no_get_comes_between_a_host_write_s_bit_and_its_bytes(name: str) -> None:
+    """It would take the bit, its caller read the old bytes, and the new ones be lost."""
     scene = Scene(PORTS[name])
+    ram = scene.memory._ram[scene.slot]
+    pages, lock = ram.pages, cast("threading.Lock", scene.memory.port.mmu_lock)
+    held: list[bool] = []
+
+    def marked() -> list[int]:
+        assert scene.slot.dirty_bitmap is not None
+        return [int(page) for page in scene.slot.dirty_bitmap.read().pages()]
+
+    class Watching:
+        def __setitem__(self, offsets: Any, contents: Any) -> None:
+            held.append(lock.locked() and 7 in marked())
+            pages[offsets] = contents
+
     with DirtyLog(scene.memory) as log:
-        seen: list[bool] = []
-
-        class Watching(SlotBitmap):
-            def merge(self, words: DirtyWords) -> None:
-                super().merge(words)
-                seen.append(bool((scene.contents()[words.pages()] == 42).all()))
-
-        scene.slot.dirty_bitmap = Watching(NPAGES)
+        ram.pages = Watching()  # type: ignore[assignment]  # stands in for the array while it is written to
         scene.memory.write(SLOT, [7], np.full((1, 4096), 42, np.uint8))
-        assert seen == [True]
-        assert 7 in log.get(SLOT)
+        ram.pages = pages
+        assert held == [True], "the bytes are written with the bit set and mmu_lock held"
+        assert log.get(SLOT) == DirtyBitmap.from_pages(NPAGES, [7])
+        assert (scene.contents()[7] == 42).all()
 
 
 def test_a_slot_without_a_bitmap_is_looked_for_each_time_13a17cc0526f() -> None:

@@ -11,77 +11,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from dirtylog.errors import InvalidArgumentError
+from dirtylog.words import LITTLE_ENDIAN, PAGES_PER_WORD, DirtyWords, word_count, words_of_pages, words_of_range
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-PAGES_PER_WORD = 64
 _WORD_BYTES = 8
-_ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 _ONE = np.uint64(1)
 _TOP = np.uint64(63)
-_LITTLE = np.dtype("<u8")
-# Words expanded to single bits at a time: 8 MiB of scratch, whatever the size of the bitmap.
-_BLOCK = 1 << 17
-
-
-class DirtyWords(NamedTuple):
-    """The non-zero words of a bitmap.
-
-    ``offsets`` is int64[k], word numbers, ascending and without repeats; ``values`` is uint64[k], none of them zero.
-    """
-
-    offsets: NDArray[np.int64]
-    values: NDArray[np.uint64]
-
-    def __bool__(self) -> bool:
-        return len(self.offsets) > 0
-
-    def pages(self) -> NDArray[np.int64]:
-        """Return the page offsets of the set bits, int64, ascending."""
-        found = np.empty(int(np.bitwise_count(self.values).sum()), np.int64)
-        end = 0
-        for start in range(0, len(self.offsets), _BLOCK):
-            offsets = self.offsets[start : start + _BLOCK]
-            octets = self.values[start : start + _BLOCK].astype(_LITTLE).view(np.uint8)
-            bits = np.flatnonzero(np.unpackbits(octets, bitorder="little").view(np.bool_))
-            begin, end = end, end + len(bits)
-            np.add(offsets[bits >> 6] * PAGES_PER_WORD, bits & 63, out=found[begin:end])
-        return found
-
-
-def word_count(npages: int) -> int:
-    """Return how many 64-bit words a bitmap of ``npages`` pages has."""
-    return -(-npages // PAGES_PER_WORD)
-
-
-def words_of_pages(pages: NDArray[np.int64]) -> DirtyWords:
-    """Return the words in which the bits of ``pages`` (any order, repeats allowed) are set."""
-    if not len(pages):
-        return DirtyWords(np.empty(0, np.int64), np.empty(0, np.uint64))
-    if np.any(pages[1:] <= pages[:-1]):
-        pages = np.unique(pages)
-    index = pages >> 6
-    bits = _ONE << (pages & 63).astype(np.uint64)
-    starts = np.flatnonzero(np.concatenate(([True], index[1:] != index[:-1])))
-    return DirtyWords(index[starts], np.bitwise_or.reduceat(bits, starts))
-
-
-def words_of_range(first: int, npages: int) -> DirtyWords:
-    """Return the words in which the bits of the pages ``first`` to ``first + npages - 1`` are set."""
-    if not npages:
-        return words_of_pages(np.empty(0, np.int64))
-    last = first + npages - 1
-    index = np.arange(first >> 6, (last >> 6) + 1, dtype=np.int64)
-    values = np.full(len(index), _ALL)
-    values[0] &= _ALL << np.uint64(first & 63)
-    values[-1] &= _ALL >> np.uint64(63 - (last & 63))
-    return DirtyWords(index, values)
 
 
 class DirtyBitmap:
@@ -132,7 +74,7 @@ class DirtyBitmap:
             raise InvalidArgumentError(
                 f"a bitmap of {npages} pages has {wanted} bytes (whole 64-bit words), but {len(octets)} were given"
             )
-        words = octets.view(_LITTLE).astype(np.uint64)
+        words = octets.view(LITTLE_ENDIAN).astype(np.uint64)
         if npages % PAGES_PER_WORD and words[-1] >> np.uint64(npages % PAGES_PER_WORD):
             raise InvalidArgumentError(f"bits past the end: page {npages} or later is set, but the bitmap has {npages} pages")
         bitmap._words = words
@@ -144,7 +86,7 @@ class DirtyBitmap:
         if words is None:
             words = np.zeros(word_count(self.npages), np.uint64)
             words[self._sparse.offsets] = self._sparse.values
-        return words.astype(_LITTLE).tobytes()
+        return words.astype(LITTLE_ENDIAN).tobytes()
 
     def copy(self) -> DirtyBitmap:
         """Return an independent copy."""
@@ -308,7 +250,11 @@ class DirtyBitmap:
 
 def checked_pages(pages: ArrayLike | Iterable[int], npages: int) -> NDArray[np.int64]:
     """Return ``pages`` as int64[k], every one within a slot of ``npages`` pages, or raise :class:`InvalidArgumentError`."""
-    array = np.asarray(list(pages) if isinstance(pages, Iterable) and not isinstance(pages, np.ndarray) else pages)
+    rows = list(pages) if isinstance(pages, Iterable) and not isinstance(pages, np.ndarray) else pages
+    try:
+        array = np.asarray(rows)
+    except ValueError as error:
+        raise InvalidArgumentError("pages must be one row of integers", reason=str(error)) from error
     if array.size == 0:
         return np.empty(0, np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Self
 
-from dirtylog.bitmap import PAGES_PER_WORD, DirtyBitmap, DirtyWords
+from dirtylog.bitmap import DirtyBitmap
 from dirtylog.epoch import Consumer, PendingPages
 from dirtylog.errors import InvalidArgumentError, UnsupportedError
 from dirtylog.log import (
@@ -17,6 +17,7 @@ from dirtylog.log import (
     stop_logging,
 )
 from dirtylog.port import ProtectPort
+from dirtylog.words import PAGES_PER_WORD, DirtyWords
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -79,13 +80,14 @@ class DirtyLog:
 
     def stop(self) -> None:
         """Stop logging. The bits that nobody took are gone, and so are those that consumers hold pending."""
-        with self._lock:
-            for slot in self.memory.slots:
-                stop_logging(self.memory, slot.id)
+        with self._lock, self.memory.slots.lock:
+            # First, so that a stop that is interrupted leaves no consumer that takes the gap in the log for quiet.
             self._stopped = True
-            self._unread = PendingPages()
             for consumer in self._consumers.values():
                 consumer.pending = PendingPages()
+            for slot in self.memory.slots:
+                stop_logging(self.memory, slot.id)
+            self._unread = PendingPages()
 
     def get(self, slot: int, out: DirtyBitmap | None = None) -> DirtyBitmap:
         """Return the pages of a slot that were written since the last get, and re-arm them.
@@ -96,7 +98,7 @@ class DirtyLog:
         Raises :class:`BadSlotError` (EINVAL), :class:`LoggingOffError` (ENOENT), :class:`UnsupportedError` (ENXIO),
         :class:`CopyFaultError` (EFAULT), in this order of checks. On any of them no bit is lost.
         """
-        with self._lock:
+        with self._lock, self.memory.slots.lock:
             memslot, _ = self.memory.slots.logged(slot)
             result = DirtyBitmap(memslot.npages) if out is None else out
             if result.npages != memslot.npages:
@@ -113,7 +115,7 @@ class DirtyLog:
                     result.assign(words)
                 if not self.manual_protect:
                     for consumer in self._consumers.values():
-                        consumer.pending[memslot].set_words(words)
+                        consumer.pending.add(memslot, words)
 
             if self.manual_protect:
                 read_dirty_log(self.memory, slot, deliver)
@@ -128,12 +130,12 @@ class DirtyLog:
         ``first_page`` must be a multiple of 64, and so must the mask's length unless it ends at the slot's last page. Clear
         before you copy the pages, and never a bit that you have not taken down: it would be lost.
         """
-        with self._lock:
+        with self._lock, self.memory.slots.lock:
             memslot, _ = self.memory.slots.logged(slot)
 
             def deliver(words: DirtyWords) -> None:
                 for consumer in self._consumers.values():
-                    consumer.pending[memslot].set_words(words)
+                    consumer.pending.add(memslot, words)
 
             clear_dirty_log_protect(self.memory, slot, first_page, mask, deliver)
             index, values = mask.nonzero_words()
@@ -151,19 +153,19 @@ class DirtyLog:
 
     def _drain(self) -> None:
         """Move the dirty pages of every slot from the port to every consumer, and to get."""
-        logged = self._logged()
-        self._unread.keep(logged)
-        for consumer in self._consumers.values():
-            consumer.pending.keep(logged)
-            consumer.pending.meet(logged)
-        for slot in logged:
+        with self.memory.slots.lock:
+            logged = self._logged()
+            self._unread.keep(logged)
+            for consumer in self._consumers.values():
+                consumer.pending.keep(logged)
+            for slot in logged:
 
-            def deliver(words: DirtyWords, slot: MemorySlot = slot) -> None:
-                self._unread[slot].set_words(words)
-                for consumer in self._consumers.values():
-                    consumer.pending[slot].set_words(words)
+                def deliver(words: DirtyWords, slot: MemorySlot = slot) -> None:
+                    self._unread[slot].set_words(words)
+                    for consumer in self._consumers.values():
+                        consumer.pending.add(slot, words)
 
-            self._take(self.memory, slot.id, deliver)
+                self._take(self.memory, slot.id, deliver)
 
     def _logged(self) -> list[MemorySlot]:
         return [slot for slot in self.memory.slots if slot.dirty_bitmap is not None]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from dirtylog.memslot import MemorySlot
+    from dirtylog.words import DirtyWords
 
 
 class PendingPages:
@@ -44,11 +45,14 @@ class PendingPages:
         kept = set(slots)
         self._pending = {slot: pages for slot, pages in self._pending.items() if slot in kept}
 
-    def meet(self, slots: Iterable[MemorySlot]) -> None:
-        """Take every page of a slot never met for written: all its contents are news."""
-        for slot in slots:
-            if slot not in self._pending:
-                self[slot].set_range(0, slot.npages)
+    def add(self, slot: MemorySlot, words: DirtyWords) -> None:
+        """Add pages of a slot. Of a slot never met every page counts as written: all its contents are news."""
+        if slot in self._pending:
+            self._pending[slot].set_words(words)
+        else:
+            everything = DirtyBitmap(slot.npages)
+            everything.set_range(0, slot.npages)
+            self._pending[slot] = everything
 
     def take(self) -> dict[int, DirtyBitmap]:
         """Return a copy of all pending pages by slot id; they count as taken until :meth:`commit` or :meth:`give_back`."""

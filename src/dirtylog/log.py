@@ -10,15 +10,16 @@ import errno
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dirtylog.bitmap import PAGES_PER_WORD, DirtyBitmap, DirtyWords
 from dirtylog.errors import CopyFaultError, InvalidArgumentError, UnsupportedError
 from dirtylog.memslot import SlotFlags
 from dirtylog.port import ProtectPort
 from dirtylog.slotbitmap import SlotBitmap
+from dirtylog.words import PAGES_PER_WORD, DirtyWords
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from dirtylog.bitmap import DirtyBitmap
     from dirtylog.memory import Memory
     from dirtylog.memslot import MemorySlot
     from dirtylog.port import Port

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from dirtylog.bitmap import DirtyWords
     from dirtylog.memslot import MemorySlot
+    from dirtylog.words import DirtyWords
 
 
 class Exactness(enum.Enum):

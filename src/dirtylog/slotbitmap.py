@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dirtylog.bitmap import DirtyWords, word_count, words_of_range
+from dirtylog.words import DirtyWords, word_count, words_of_range
 
 
 class SlotBitmap:

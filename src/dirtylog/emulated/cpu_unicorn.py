@@ -6,8 +6,11 @@ Facts about Unicorn 2.1 that this file relies on:
   stays until the TLB is flushed. A page filled without write permission calls again when it is written.
 * ``ctl_flush_tb`` does not flush the TLB; ``ctl(UC_CTL_TLB_FLUSH)`` does. It may only be called outside ``emu_start``.
 * The page size of arm and arm64 is 1 KiB until it is set, which must be done before anything else.
-* ``emu_start`` lets the GIL go and hooks take it. ``emu_stop`` from another thread ends it at the next translation block; one
-  that comes outside ``emu_start`` is lost.
+* ``emu_start`` lets the GIL go and hooks take it. ``emu_stop`` from another thread ends it at the next translation block or memory
+  access; one that comes outside ``emu_start`` is lost.
+* When it ends it after a memory access, that access is done, but the pc still points to its instruction, which is executed
+  again when the guest goes on. For a load or a store that changes nothing but a second report of its page; *an instruction
+  that reads and writes memory in one, such as x86's inc, then counts twice*. Nothing in the interface tells the ends apart.
 * An exception that leaves a TLB-fill hook ends as UC_ERR_EXCEPTION and is lost, so the hook catches everything itself.
 """
 

@@ -35,6 +35,9 @@ class Image:
 
     The vCPU halts when it reaches ``halt``; with None only an instruction that ends emulation, such as x86's hlt, halts it.
     Every vCPU enters at the same address; the first register of the store loop's list holds its index, the others 0.
+
+    A limit of Unicorn: a vCPU that is stopped for a get or a pause may execute the instruction that it was stopped at again.
+    Loads and stores bear that; one instruction that reads and writes the same memory (x86's inc, xadd) may happen twice.
     """
 
     data: bytes

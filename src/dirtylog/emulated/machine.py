@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from dirtylog.bitmap import checked_pages, words_of_pages
+from dirtylog.bitmap import checked_pages
 from dirtylog.emulated.port import PAGE_SHIFT, PAGE_SIZE
 from dirtylog.emulated.ram import Ram
 from dirtylog.emulated.vcpu import Vcpu
 from dirtylog.errors import InvalidArgumentError
 from dirtylog.log import start_logging, stop_logging
 from dirtylog.memslot import MemorySlot, SlotFlags, SlotTable
+from dirtylog.words import words_of_pages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +43,6 @@ class EmulatedMemory:
         self.vcpus: list[Vcpu] = []
         self.port = port(self.slots, self.vcpus)
         self._ram: dict[MemorySlot, Ram] = {}
-        self._next_address = _HOST_ALIGNMENT
         self._running = False
         self._closed = False
 
@@ -68,13 +68,13 @@ class EmulatedMemory:
         with self.slots.lock:
             if self.vcpus:
                 raise InvalidArgumentError(f"slot {slot_id} after a vCPU: a CPU knows the memory that was there when it was made")
-            address = self._next_address + (base_gfn << PAGE_SHIFT) % _HOST_ALIGNMENT
+            used = max((ram.address + ram.nbytes for ram in self._ram.values()), default=_HOST_ALIGNMENT)
+            address = -(-used // _HOST_ALIGNMENT) * _HOST_ALIGNMENT + (base_gfn << PAGE_SHIFT) % _HOST_ALIGNMENT
             slot = MemorySlot(slot_id, base_gfn, npages, PAGE_SIZE, flags & ~SlotFlags.LOG_DIRTY_PAGES, host_address=address)
             self._check_reach(slot, base_gfn)
             ram = Ram(address, npages)
             self.slots.add(slot)
             self._ram[slot] = ram
-            self._next_address = -(-(address + slot.nbytes) // _HOST_ALIGNMENT) * _HOST_ALIGNMENT
             if flags & SlotFlags.LOG_DIRTY_PAGES:
                 start_logging(self, slot_id)
         return slot
@@ -112,7 +112,7 @@ class EmulatedMemory:
     def write(self, slot: int, pages: ArrayLike, data: ArrayLike) -> None:
         """Write uint8[k, 4096] to ``pages``, and log them.
 
-        They are marked after the bytes are there: a get between the two reports them to the next, never to none.
+        Both under mmu_lock, so that no get comes between, and the bits first, so that an interrupt loses none.
         """
         memslot = self.slots[slot]
         offsets = checked_pages(pages, memslot.npages)
@@ -121,12 +121,10 @@ class EmulatedMemory:
             raise InvalidArgumentError(
                 f"data of shape {contents.shape} for {len(offsets)} pages: it must be ({len(offsets)}, {PAGE_SIZE})"
             )
-        try:
+        with self.port.mmu_lock:
+            if memslot.dirty_bitmap is not None:
+                memslot.dirty_bitmap.merge(words_of_pages(offsets))
             self._ram[memslot].pages[offsets] = contents
-        finally:
-            with self.port.mmu_lock:
-                if memslot.dirty_bitmap is not None:
-                    memslot.dirty_bitmap.merge(words_of_pages(offsets))
 
     def load(self, address: int, image: bytes) -> None:
         """Copy an image to a guest-physical address, unlogged: for firmware, before the guest runs."""
@@ -213,5 +211,11 @@ class EmulatedMemory:
             raise InvalidArgumentError(
                 f"a slot that ends at gfn {base_gfn + slot.npages:#x}: the {self.port.name} port's tables reach "
                 f"gfn {self.port.max_gfn - 1:#x}",
+                slot=slot.id,
+            )
+        if slot.host_address + slot.nbytes > self.port.max_host_address:
+            raise InvalidArgumentError(
+                f"a slot of {slot.nbytes} bytes at host address {slot.host_address:#x}: the {self.port.name} port's entries reach "
+                f"{self.port.max_host_address - 1:#x}",
                 slot=slot.id,
             )

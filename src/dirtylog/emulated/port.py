@@ -6,15 +6,15 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from dirtylog.emulated.tables import TABLE_PAGE, EntryFormat, RadixTables, gfn_chunks
+from dirtylog.emulated.tables import TABLE_PAGE, TABLES, EntryFormat, RadixTables, gfn_chunks
 from dirtylog.port import Port, ProtectPort, SyncPort
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dirtylog.bitmap import DirtyWords
     from dirtylog.memslot import MemorySlot, SlotTable
     from dirtylog.slotbitmap import SlotBitmap
+    from dirtylog.words import DirtyWords
 
 Translation = tuple[int, bool]
 """What a miss puts into a TLB: the host-physical address of the page, and whether stores may go through."""
@@ -59,6 +59,8 @@ class SoftwarePort(Port):
     """What logs a page, in a few words."""
     max_gfn: ClassVar[int]
     """No guest frame number reaches this."""
+    max_host_address: ClassVar[int] = TABLES
+    """No host-physical address of guest memory reaches this."""
 
     def __init__(self, slots: SlotTable, vcpus: Sequence[TlbOwner]) -> None:
         super().__init__()

@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dirtylog.bitmap import PAGES_PER_WORD, DirtyWords, word_count, words_of_pages, words_of_range
 from dirtylog.emulated.port import PAGE_SHIFT, SoftwareSyncPort, Translation
+from dirtylog.words import PAGES_PER_WORD, DirtyWords, word_count, words_of_pages, words_of_range
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

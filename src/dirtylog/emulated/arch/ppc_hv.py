@@ -37,9 +37,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dirtylog.bitmap import words_of_pages
 from dirtylog.emulated.hashed import HashedTable
 from dirtylog.emulated.port import PAGE_SHIFT, SoftwareSyncPort, Translation
+from dirtylog.words import words_of_pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -70,6 +70,7 @@ class PpcPvPort(SoftwareSyncPort):
     how = "dropped shadow entries"
     isa = "ppc32"
     max_gfn = 1 << 20
+    max_host_address = 1 << 32
 
     def __init__(self, slots: SlotTable, vcpus: Sequence[TlbOwner]) -> None:
         super().__init__(slots, vcpus)

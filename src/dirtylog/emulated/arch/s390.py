@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from dirtylog.bitmap import words_of_pages
 from dirtylog.emulated.port import RadixPort, SoftwareSyncPort
 from dirtylog.emulated.tables import EntryFormat
+from dirtylog.words import words_of_pages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

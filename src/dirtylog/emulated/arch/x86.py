@@ -30,18 +30,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from dirtylog.bitmap import words_of_pages
 from dirtylog.emulated.port import PAGE_SHIFT, RadixProtectPort, Translation
 from dirtylog.emulated.tables import EntryFormat, gfn_chunks
+from dirtylog.words import words_of_pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from dirtylog.bitmap import DirtyWords
     from dirtylog.emulated.port import TlbOwner
     from dirtylog.memslot import MemorySlot, SlotTable
+    from dirtylog.words import DirtyWords
 
 READ = 1 << 0
 WRITE = 1 << 1

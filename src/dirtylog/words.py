@@ -1,0 +1,71 @@
+"""The non-zero words of a bitmap: what the generic functions, the ports and the consumers hand to one another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PAGES_PER_WORD = 64
+LITTLE_ENDIAN = np.dtype("<u8")
+_ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+_ONE = np.uint64(1)
+# Words expanded to single bits at a time: 8 MiB of scratch, whatever the size of the bitmap.
+_BLOCK = 1 << 17
+
+
+class DirtyWords(NamedTuple):
+    """The non-zero words of a bitmap.
+
+    ``offsets`` is int64[k], word numbers, ascending and without repeats; ``values`` is uint64[k], none of them zero.
+    """
+
+    offsets: NDArray[np.int64]
+    values: NDArray[np.uint64]
+
+    def __bool__(self) -> bool:
+        return len(self.offsets) > 0
+
+    def pages(self) -> NDArray[np.int64]:
+        """Return the page offsets of the set bits, int64, ascending."""
+        found = np.empty(int(np.bitwise_count(self.values).sum()), np.int64)
+        end = 0
+        for start in range(0, len(self.offsets), _BLOCK):
+            offsets = self.offsets[start : start + _BLOCK]
+            octets = self.values[start : start + _BLOCK].astype(LITTLE_ENDIAN).view(np.uint8)
+            bits = np.flatnonzero(np.unpackbits(octets, bitorder="little").view(np.bool_))
+            begin, end = end, end + len(bits)
+            np.add(offsets[bits >> 6] * PAGES_PER_WORD, bits & 63, out=found[begin:end])
+        return found
+
+
+def word_count(npages: int) -> int:
+    """Return how many 64-bit words a bitmap of ``npages`` pages has."""
+    return -(-npages // PAGES_PER_WORD)
+
+
+def words_of_pages(pages: NDArray[np.int64]) -> DirtyWords:
+    """Return the words in which the bits of ``pages`` (any order, repeats allowed) are set."""
+    if not len(pages):
+        return DirtyWords(np.empty(0, np.int64), np.empty(0, np.uint64))
+    if np.any(pages[1:] <= pages[:-1]):
+        pages = np.unique(pages)
+    index = pages >> 6
+    bits = _ONE << (pages & 63).astype(np.uint64)
+    starts = np.flatnonzero(np.concatenate(([True], index[1:] != index[:-1])))
+    return DirtyWords(index[starts], np.bitwise_or.reduceat(bits, starts))
+
+
+def words_of_range(first: int, npages: int) -> DirtyWords:
+    """Return the words in which the bits of the pages ``first`` to ``first + npages - 1`` are set."""
+    if not npages:
+        return words_of_pages(np.empty(0, np.int64))
+    last = first + npages - 1
+    index = np.arange(first >> 6, (last >> 6) + 1, dtype=np.int64)
+    values = np.full(len(index), _ALL)
+    values[0] &= _ALL << np.uint64(first & 63)
+    values[-1] &= _ALL >> np.uint64(63 - (last & 63))
+    return DirtyWords(index, values)
