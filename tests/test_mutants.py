@@ -22,9 +22,9 @@ from scene import SLOT, Scene
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dirtylog.bitmap import DirtyWords
     from dirtylog.emulated.arch.ppc_hv import PpcHvPort
     from dirtylog.emulated.port import SoftwareProtectPort, SoftwareSyncPort
+    from dirtylog.words import DirtyWords
 
     type_of_port = type[SoftwareProtectPort | SoftwareSyncPort]
     Middle = Callable[[], None]

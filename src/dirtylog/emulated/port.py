@@ -132,7 +132,7 @@ class RadixPort(SoftwarePort):
                 entry, block = fixed
             address = (entry & self._address_mask) << self._address_left >> self._address_right
             if block:
-                address += (gfn & self.tables.block_pages - 1) << PAGE_SHIFT
+                address = self.tables.page_in_block(address, gfn)
             return address, entry & self._permission == self._write
 
     def start_logging(self, slot: MemorySlot) -> None:

@@ -189,6 +189,11 @@ class RadixTables:
         offset = self._descend(gfn, len(self._upper) - 1)
         return None if self.memory.load(offset) & self.format.table_present else offset
 
+    def page_in_block(self, address: int, gfn: int) -> int:
+        """Return the address of a frame's page from that field of its block, whose low bits may hold other things (s390)."""
+        pages = self.block_pages
+        return address // (pages * TABLE_PAGE) * (pages * TABLE_PAGE) + gfn % pages * TABLE_PAGE
+
     def split(self, offset: int) -> None:
         """Replace the block at ``offset`` by a table of leaves with the same permissions."""
         form = self.format
@@ -196,7 +201,7 @@ class RadixTables:
         kept = block & (form.write | form.protect)
         if block & form.writable_slot_block:
             kept |= form.writable_slot
-        first = form.leaf_entry(form.address(block), form.leaf | kept)
+        first = form.leaf_entry(self.page_in_block(form.address(block), 0), form.leaf | kept)
         step = form.leaf_entry(TABLE_PAGE, 0)
         start = self._new_table(offset, len(self._upper)) // _ENTRY
         leaves = np.arange(self.block_pages, dtype=np.uint64) * np.uint64(step) + np.uint64(first)

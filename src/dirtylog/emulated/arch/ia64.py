@@ -72,6 +72,8 @@ class Ia64Port(SoftwareSyncPort):
     def translate(self, vcpu: int, gfn: int, write: bool) -> Translation | None:  # noqa: FBT001 - as declared
         """Look in the vCPU's VHPT; where the entry is missing, or lacks D for a store, insert it."""
         with self.mmu_lock:
+            if gfn >= self.max_gfn:
+                return None
             table = self.vhpt(vcpu)
             offset = (gfn & VHPT_ENTRIES - 1) * _ENTRY.size
             entry, _, tag, _ = _ENTRY.unpack_from(table, offset)

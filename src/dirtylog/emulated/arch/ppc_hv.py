@@ -102,6 +102,8 @@ class PpcHvPort(SoftwareSyncPort):
     def translate(self, vcpu: int, gfn: int, write: bool) -> Translation | None:  # noqa: FBT001 - as declared
         """Search the table as the processor does. A store to a page with C clear is what will set C."""
         with self.mmu_lock:
+            if gfn >= self.max_gfn:  # the hash would take it for another frame
+                return None
             found = self.table.find(gfn)
             if found is None:
                 found = self._enter(gfn)

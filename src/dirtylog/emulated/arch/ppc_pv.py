@@ -79,6 +79,8 @@ class PpcPvPort(SoftwareSyncPort):
     def translate(self, vcpu: int, gfn: int, write: bool) -> Translation | None:  # noqa: ARG002, FBT001 - as declared
         """Search the shadow entries; where there is none, or none that permits it, make one."""
         with self.mmu_lock:
+            if gfn >= self.max_gfn:  # the hash would take it for another frame
+                return None
             found = self.table.find(gfn)
             if found is None or (write and found[1] & PP_MASK != PP_READ_WRITE):
                 second = self._map(gfn, write, found)

@@ -106,7 +106,7 @@ class X86PmlPort(X86Port):
             memory.store(offset, entry)
             address = form.address(entry)
             if block:
-                address += (gfn & self.tables.block_pages - 1) << PAGE_SHIFT
+                address = self.tables.page_in_block(address, gfn)
             # A store through a translation cached with D clear walks again to set it.
             return address, entry & (WRITE | DIRTY) == WRITE | DIRTY
 
