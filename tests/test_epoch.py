@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +12,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-import dirtylog
 from dirtylog.bitmap import DirtyBitmap
 from dirtylog.dirty_log import DirtyLog
 from dirtylog.emulated.arch import PORTS
@@ -22,10 +19,10 @@ from dirtylog.emulated.machine import EmulatedMemory
 from dirtylog.epoch import Epoch
 from dirtylog.errors import CopyFaultError, InvalidArgumentError, LoggingOffError
 from dirtylog.memslot import SlotFlags
+from interrupts import interrupt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from types import FrameType
 
     from dirtylog.epoch import Consumer
     from dirtylog.memory import Memory
@@ -724,40 +721,6 @@ def test_initially_all_set_is_all_dirty_for_every_reader() -> None:
 
 
 # --- interrupts
-
-
-class _InterruptError(BaseException):
-    """As a Ctrl-C: no `except Exception` stops it."""
-
-
-_SOURCE = str(Path(dirtylog.__file__).parent)
-
-
-def interrupt(action: Callable[[], object], step: int) -> bool:
-    """Run ``action`` and raise at point number ``step`` where a Ctrl-C could arrive in dirtylog; return whether it got that far.
-
-    Python looks for signals where a function begins, and after each call. A with statement's ``__enter__`` is no such call.
-    """
-    left = step
-
-    def profile(frame: FrameType, event: str, _arg: object) -> None:
-        nonlocal left
-        if event == "c_call" or (event == "return" and frame.f_code.co_name == "__enter__"):
-            return
-        if frame.f_code.co_filename.startswith(_SOURCE):
-            left -= 1
-            if left < 0:
-                raise _InterruptError
-
-    before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        action()
-    except _InterruptError:
-        return True
-    finally:
-        sys.setprofile(before)
-    return False
 
 
 def test_an_interrupt_at_any_point_of_an_epoch_loses_no_page() -> None:

@@ -190,6 +190,8 @@ class DirtyBitmap:
             return
         if self._words is not None:
             self._words[words.offsets] |= words.values
+        elif not self._sparse:
+            self._sparse = DirtyWords(words.offsets.copy(), words.values.copy())
         else:
             index = np.union1d(self._sparse.offsets, words.offsets)
             values = self._at(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from dirtylog.bitmap import DirtyBitmap
@@ -50,7 +51,7 @@ class DirtyLog:
         # Taken before slots_lock, which comes before mmu_lock.
         self._lock = threading.RLock()
         self._consumers: dict[str, Consumer] = {}
-        # Pages that consumers have drained from the port and get has not returned yet.
+        # Pages that were taken from the port and get has not returned yet.
         self._unread = PendingPages()
         self._stopped = False
         self._take = get_dirty_log_protect if isinstance(memory.port, ProtectPort) else get_dirty_log
@@ -107,21 +108,19 @@ class DirtyLog:
                 )
             unread = self._unread[memslot]
 
-            def deliver(words: DirtyWords) -> None:
-                if unread:
-                    result.assign(unread.nonzero_words())
-                    result.set_words(words)
-                else:
-                    result.assign(words)
-                if not self.manual_protect:
-                    for consumer in self._consumers.values():
-                        consumer.pending.add(memslot, words)
+            def read(words: DirtyWords) -> None:
+                result.assign(unread.nonzero_words())
+                result.set_words(words)
+
+            def take(words: DirtyWords) -> None:
+                self._deliver(memslot, words)
+                result.assign(unread.nonzero_words())
 
             if self.manual_protect:
-                read_dirty_log(self.memory, slot, deliver)
+                read_dirty_log(self.memory, slot, read)
             else:
-                self._take(self.memory, slot, deliver)
-                unread.clear()
+                self._take(self.memory, slot, take)
+                unread.clear()  # last: until here an interrupt leaves the pages to the next get
             return result
 
     def clear(self, slot: int, first_page: int, mask: DirtyBitmap) -> None:
@@ -159,13 +158,13 @@ class DirtyLog:
             for consumer in self._consumers.values():
                 consumer.pending.keep(logged)
             for slot in logged:
+                self._take(self.memory, slot.id, partial(self._deliver, slot))
 
-                def deliver(words: DirtyWords, slot: MemorySlot = slot) -> None:
-                    self._unread[slot].set_words(words)
-                    for consumer in self._consumers.values():
-                        consumer.pending.add(slot, words)
-
-                self._take(self.memory, slot.id, deliver)
+    def _deliver(self, slot: MemorySlot, words: DirtyWords) -> None:
+        """Give pages taken from the port to everybody: to get, and to every consumer."""
+        self._unread[slot].set_words(words)
+        for consumer in self._consumers.values():
+            consumer.pending.add(slot, words)
 
     def _logged(self) -> list[MemorySlot]:
         return [slot for slot in self.memory.slots if slot.dirty_bitmap is not None]

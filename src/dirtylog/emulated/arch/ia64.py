@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from dirtylog.emulated.port import TlbOwner
     from dirtylog.memslot import MemorySlot, SlotTable
+    from dirtylog.slotbitmap import SlotBitmap
 
 PRESENT = 1 << 0
 ACCESSED = 1 << 5
@@ -93,13 +94,11 @@ class Ia64Port(SoftwareSyncPort):
     def sync_dirty_log(self, slot: MemorySlot) -> None:
         """Move the slot's bits of the log area into its bitmap; the bits of neighbours in shared words stay."""
         with self.mmu_lock:
-            words = self._take_area(slot)
-            if slot.dirty_bitmap is not None:
-                slot.dirty_bitmap.merge(words)
+            self._collect(slot, slot.dirty_bitmap)
 
     def start_logging(self, slot: MemorySlot) -> None:
         """Forget what the area holds from before, and purge."""
-        self._take_area(slot)
+        self._collect(slot, None)
         self._purge()
 
     def stop_logging(self, slot: MemorySlot) -> None:
@@ -107,9 +106,7 @@ class Ia64Port(SoftwareSyncPort):
 
     def unmap(self, slot: MemorySlot) -> None:
         """Purge; what the area holds of the slot's old place goes with the slot."""
-        words = self._take_area(slot)
-        if slot.dirty_bitmap is not None:
-            slot.dirty_bitmap.merge(words)
+        self._collect(slot, slot.dirty_bitmap)
         self._purge()
 
     def flush_tlbs(self, slot: MemorySlot) -> None:
@@ -137,17 +134,17 @@ class Ia64Port(SoftwareSyncPort):
         _ENTRY.pack_into(table, offset, entry, PAGE_SHIFT << 2, gfn >> VHPT_BITS, gfn << PAGE_SHIFT)
         return entry
 
-    def _take_area(self, slot: MemorySlot) -> DirtyWords:
-        """Take the slot's bits out of the log area, as words of the slot's bitmap."""
+    def _collect(self, slot: MemorySlot, bitmap: SlotBitmap | None) -> None:
+        """Mark the slot's pages of the log area in ``bitmap``, and clear just their bits."""
         first = slot.base_gfn // PAGES_PER_WORD
         area = self._area[first : word_count(slot.end_gfn)]
         dirty = np.flatnonzero(area)
-        values = area[dirty]
         own = words_of_range(slot.base_gfn % PAGES_PER_WORD, slot.npages)
-        values &= own.values[dirty]
+        values = area[dirty] & own.values[dirty]
+        if bitmap is not None:
+            gfns = DirtyWords(dirty + first, values).pages()
+            bitmap.merge(words_of_pages(gfns - slot.base_gfn))
         area[dirty] &= ~values
-        gfns = DirtyWords(dirty + first, values).pages()
-        return words_of_pages(gfns - slot.base_gfn)
 
     def _purge(self) -> None:
         for table in self._tables.values():

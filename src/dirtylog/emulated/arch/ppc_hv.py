@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from dirtylog.emulated.port import TlbOwner
     from dirtylog.memslot import MemorySlot, SlotTable
+    from dirtylog.slotbitmap import SlotBitmap
 
 VALID = 0x01
 SECONDARY = 0x02
@@ -121,14 +122,12 @@ class PpcHvPort(SoftwareSyncPort):
         """Collect C of every entry of the slot into the bitmap, and clear it."""
         with self.mmu_lock:
             self._write_back_late()
-            gfns = self._test_and_clear_changed(slot)
-            if slot.dirty_bitmap is not None:
-                slot.dirty_bitmap.merge(words_of_pages(gfns - slot.base_gfn))
+            self._collect(slot, slot.dirty_bitmap)
 
     def start_logging(self, slot: MemorySlot) -> None:
         """Forget the changes from before."""
         self._write_back_all()
-        self._test_and_clear_changed(slot)
+        self._collect(slot, None)
 
     def stop_logging(self, slot: MemorySlot) -> None:
         """Nothing to do: the hardware keeps C whether anyone asks or not."""
@@ -136,9 +135,7 @@ class PpcHvPort(SoftwareSyncPort):
     def unmap(self, slot: MemorySlot) -> None:
         """Free the slot's entries; C is saved first, for a slot that moves keeps its log."""
         self._write_back_all()
-        gfns = self._test_and_clear_changed(slot)
-        if slot.dirty_bitmap is not None:
-            slot.dirty_bitmap.merge(words_of_pages(gfns - slot.base_gfn))
+        self._collect(slot, slot.dirty_bitmap)
         self.table.invalidate(self.table.of_range(slot.base_gfn, slot.npages))
 
     def tlb_flushed(self, vcpu: int) -> None:
@@ -173,8 +170,7 @@ class PpcHvPort(SoftwareSyncPort):
     def _write_back(self, vcpu: int) -> None:
         late = self._late.get(vcpu)
         if late is not None:
-            self._set_changed(late.old)
-            self._set_changed(late.young)
+            self._set_changed(late.old | late.young)
             late.old, late.young = set(), set()
 
     def _write_back_all(self) -> None:
@@ -189,17 +185,16 @@ class PpcHvPort(SoftwareSyncPort):
         """Return the table as uint8[entries, 16]."""
         return self.table.words.reshape(-1).view(np.uint8).reshape(-1, 16)
 
-    def _test_and_clear_changed(self, slot: MemorySlot) -> NDArray[np.int64]:
-        """Return the slot's frames whose C is set, and clear it; the entries are absent meanwhile."""
+    def _collect(self, slot: MemorySlot, bitmap: SlotBitmap | None) -> None:
+        """Mark the slot's pages whose C is set in ``bitmap``, and clear C; the entries are absent meanwhile."""
         octets = self._octets()
-        found = []
         for start in range(0, len(octets), _SCAN):
             entries = start + np.flatnonzero(octets[start : start + _SCAN, _CHANGED_BYTE] & CHANGED != 0)
             gfns = self.table.frames[entries]
             here = (gfns >= slot.base_gfn) & (gfns < slot.end_gfn)
             entries = entries[here]
+            if bitmap is not None:
+                bitmap.merge(words_of_pages(gfns[here] - slot.base_gfn))
             octets[entries, _VALID_BYTE] ^= np.uint8(VALID | ABSENT)
             octets[entries, _CHANGED_BYTE] &= ~np.uint8(CHANGED)
             octets[entries, _VALID_BYTE] ^= np.uint8(VALID | ABSENT)
-            found.append(gfns[here])
-        return np.concatenate(found)

@@ -35,8 +35,6 @@ from dirtylog.emulated.tables import EntryFormat
 from dirtylog.words import words_of_pages
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from dirtylog.memslot import MemorySlot
     from dirtylog.slotbitmap import SlotBitmap
 
@@ -85,41 +83,36 @@ class S390Port(RadixPort, SoftwareSyncPort):
 
     def start_logging(self, slot: MemorySlot) -> None:
         """Forget what UC holds from before, and protect every page and block."""
-        self._test_and_clear_uc(slot)
+        self._collect(slot, None)
         super().start_logging(slot)
 
     def sync_dirty_log(self, slot: MemorySlot) -> None:
         """Move UC into the bitmap, segment by segment, and protect those pages again."""
         with self.mmu_lock:
-            self._collect(slot)
+            self._collect(slot, slot.dirty_bitmap)
 
     def unmap(self, slot: MemorySlot) -> None:
         """Save UC first: a slot that moves keeps its log, and the PGSTEs go with the tables."""
-        self._collect(slot)
+        self._collect(slot, slot.dirty_bitmap)
         super().unmap(slot)
 
     def _log_write(self, bitmap: SlotBitmap, page: int, offset: int) -> None:  # noqa: ARG002 - the log is the PGSTE
         memory = self.tables.memory
         memory.store(offset + PGSTE_OFFSET, memory.load(offset + PGSTE_OFFSET) | PGSTE_UC)
 
-    def _collect(self, slot: MemorySlot) -> None:
-        gfns = self._test_and_clear_uc(slot)
-        self.tables.revoke(gfns)
-        if slot.dirty_bitmap is not None:
-            slot.dirty_bitmap.merge(words_of_pages(gfns - slot.base_gfn))
-
-    def _test_and_clear_uc(self, slot: MemorySlot) -> NDArray[np.int64]:
-        """Return the frames of a slot whose UC is set, ascending, and clear it."""
+    def _collect(self, slot: MemorySlot, bitmap: SlotBitmap | None) -> None:
+        """Mark the pages whose UC is set in ``bitmap``, protect them, and clear UC: in this order nothing is ever in neither."""
         octets = np.frombuffer(self.tables.memory.buffer, np.uint8).reshape(-1, 2, ENTRIES, 8)[:, 1, :, _UC_BYTE]
-        found = []
         for start in range(slot.base_gfn, slot.end_gfn, _SCAN):
             stop = min(start + _SCAN, slot.end_gfn)
             first, tables = self.tables.leaf_tables(start, stop - start)
             frames = tables // self.leaf_table_bytes
-            dirty = np.flatnonzero(octets[frames] & _UC_IN_BYTE != 0)
-            segment, page = dirty // ENTRIES, dirty % ENTRIES
+            changed = np.flatnonzero(octets[frames] & _UC_IN_BYTE != 0)
+            segment, page = changed // ENTRIES, changed % ENTRIES
             gfns = first[segment] + page
             here = (gfns >= start) & (gfns < stop)  # a segment may serve two slots
-            octets[frames[segment[here]], page[here]] &= 0xFF ^ _UC_IN_BYTE
-            found.append(gfns[here])
-        return np.concatenate(found)
+            gfns, segment, page = gfns[here], segment[here], page[here]
+            if bitmap is not None:
+                bitmap.merge(words_of_pages(gfns - slot.base_gfn))
+            self.tables.revoke(gfns)
+            octets[frames[segment], page] &= 0xFF ^ _UC_IN_BYTE

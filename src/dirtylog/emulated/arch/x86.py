@@ -155,11 +155,12 @@ class X86PmlPort(X86Port):
         log.index -= 1
 
     def _drain(self, log: PageModificationLog) -> None:
-        gfns = log.take()
+        gfns = log.gfns()
         for slot in self.slots:
             if slot.dirty_bitmap is not None:
                 here = gfns[(gfns >= slot.base_gfn) & (gfns < slot.end_gfn)]
                 slot.dirty_bitmap.merge(words_of_pages(here - slot.base_gfn))
+        log.clear()
 
 
 class PageModificationLog:
@@ -169,8 +170,10 @@ class PageModificationLog:
         self.entries = np.zeros(PML_ENTRIES, "<u8")
         self.index = PML_ENTRIES - 1
 
-    def take(self) -> NDArray[np.int64]:
-        """Return the logged guest frame numbers, oldest first, and empty the log."""
-        gfns = self.entries[self.index + 1 :][::-1].astype(np.int64) >> PAGE_SHIFT
+    def gfns(self) -> NDArray[np.int64]:
+        """Return the logged guest frame numbers, oldest first."""
+        return self.entries[self.index + 1 :][::-1].astype(np.int64) >> PAGE_SHIFT
+
+    def clear(self) -> None:
+        """Empty the log."""
         self.index = PML_ENTRIES - 1
-        return gfns
