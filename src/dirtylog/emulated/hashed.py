@@ -33,6 +33,7 @@ class HashedTable:
 
     def _allocate(self, ngroups: int) -> None:
         self.ngroups = ngroups
+        self._secondary_used = False
         self.words = np.zeros((ngroups * GROUP, 2), f">u{self.word_bytes}")
         self.buffer = self.words.reshape(-1).view(np.uint8).data
         self.frames = np.full(ngroups * GROUP, -1, np.int64)
@@ -46,6 +47,8 @@ class HashedTable:
         tag, group = self._tag(gfn), self._hash_of(gfn) & self.ngroups - 1
         place = self._place(group, tag)
         if place is None:
+            if not self._secondary_used:  # the hardware would look all the same; this finds as little, sooner
+                return None
             tag, group = tag | self._secondary, group ^ self.ngroups - 1
             place = self._place(group, tag)
             if place is None:
@@ -74,6 +77,7 @@ class HashedTable:
         tag, group = self._tag(gfn), self._hash_of(gfn) & self.ngroups - 1
         place = self._place(group, 0)
         if place is None:
+            self._secondary_used = True
             tag, group = tag | self._secondary, group ^ self.ngroups - 1
             place = self._place(group, 0)
             if place is None:

@@ -52,15 +52,11 @@ NGROUPS = 1 << 14  # 1 MiB: a full group loses an entry, which costs a fault and
 
 
 def _first_word(gfn: int) -> int:
-    return VALID | _vsid(gfn) << 7 | (gfn & 0xFFFF) >> 10
+    return VALID | FIRST_VSID + (gfn >> 16) << 7 | (gfn & 0xFFFF) >> 10
 
 
 def _hash(gfn: int) -> int:
-    return _vsid(gfn) ^ gfn & 0xFFFF
-
-
-def _vsid(gfn: int) -> int:
-    return FIRST_VSID + (gfn >> 16)
+    return FIRST_VSID + (gfn >> 16) ^ gfn & 0xFFFF
 
 
 class PpcPvPort(SoftwareSyncPort):

@@ -1,0 +1,92 @@
+"""Measure dirtylog. Every figure stands beside its anchor, measured in the same run in turn with it, as median [min - max].
+
+Times are CPU time of the measuring thread, which does all the work; where vCPUs run beside it, they are elapsed time.
+
+Targets are recorded, not asserted: a missed one is printed, and the exit status is 0 all the same. It is not 0 when a
+measurement itself is broken, such as a guest that faults or a get that finds other pages than were written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dirtylog.emulated.cpu_unicorn import unicorn_version
+from dirtylog.emulated.ram import host_memory
+from flushes import flushes
+from gets import gets
+from stores import first_stores, hits
+from terabyte import allocation, terabyte
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from report import Section
+
+BENCHMARKS: dict[str, Callable[..., Section]] = {
+    "hits": hits,
+    "first-stores": first_stores,
+    "gets": gets,
+    "terabyte": terabyte,
+    "allocation": allocation,
+    "flushes": flushes,
+}
+
+
+def machine() -> dict[str, str]:
+    """Return what the figures depend on."""
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass  # not Linux: the platform module's name stands
+    return {
+        "CPU": f"{model}, {os.cpu_count()} cores",
+        "memory": f"{(host_memory() or 0) / (1 << 30):.0f} GiB",
+        "kernel": f"{platform.system()} {platform.release()}",
+        "Python": platform.python_version(),
+        "NumPy": np.__version__,
+        "Unicorn": str(unicorn_version()),
+    }
+
+
+def main() -> None:
+    """Run the benchmarks and print their tables and targets."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, half a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file, too")
+    parser.add_argument("--only", choices=BENCHMARKS, action="append", help="run just this benchmark; may be repeated")
+    options = parser.parse_args()
+    begin = time.monotonic()
+    about = machine()
+    print("; ".join(f"{name}: {value}" for name, value in about.items()), end="\n\n")
+    sections = []
+    for name in options.only or BENCHMARKS:
+        sections.append(BENCHMARKS[name](quick=options.quick))
+        print(sections[-1], flush=True)
+    targets = [target for section in sections for target in section.targets]
+    for target in targets:
+        print(target)
+    print(f"\n{time.monotonic() - begin:.0f} s")
+    if options.json is not None:
+        results = {
+            "machine": about,
+            "sections": [asdict(section) for section in sections],
+            "targets": [{"text": target.text, "met": target.met, "values": target.values} for target in targets],
+        }
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
