@@ -69,7 +69,7 @@ class LoggedLoop:
     def _make_cpu(self, arch: str, isa: Isa | None, index: int) -> _UnicornAgain | _TraceAgain:
         memory, translate = self.memory, self.memory.port.translate
         if isa is None:
-            self._cpu = _TraceAgain(index, arch, (), translate, memory.host_page)
+            self._cpu = _TraceAgain(index, arch, (), translate, memory.host_memory)
         else:
             self._cpu = _UnicornAgain(
                 index,
@@ -122,7 +122,7 @@ class BareLoop:
         self._ram = Ram(0, npages)
         self._rom = Ram(npages * PAGE_SIZE, 1)
         program = store_loop(isa)
-        self._rom.page(self._rom.address)[: len(program)] = program
+        self._rom.view[: len(program)] = program
         for ram in (self._ram, self._rom):
             # Safe: this object holds both mappings for as long as it holds the Uc, and this is their whole length.
             uc.mem_map_ptr(ram.address, ram.nbytes, unicorn.UC_PROT_ALL, ram.host)

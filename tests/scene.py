@@ -27,7 +27,7 @@ class InlineVcpu:
         self.in_guest = False
         self.index = index
         self._memory = memory
-        self.cpu = TraceCpu(index, memory.port.name, (), memory.port.translate, memory.host_page)
+        self.cpu = TraceCpu(index, memory.port.name, (), memory.port.translate, memory.host_memory)
 
     def request_flush(self) -> int | None:
         self.cpu.flush_tlb()

@@ -103,7 +103,7 @@ def test_a_read_only_slot_stays_so_whatever_the_log_does_7c8a4742c4ab(name: str)
     """Protected by the log and protected for good are two reasons."""
     memory = EmulatedMemory(PORTS[name])
     memory.add_slot(0, 0, 64, SlotFlags.READONLY)
-    cpu = TraceCpu(0, name, (), memory.port.translate, memory.host_page)
+    cpu = TraceCpu(0, name, (), memory.port.translate, memory.host_memory)
     with DirtyLog(memory) as log:
         for _ in range(2):
             cpu.access(Access(0x1000))

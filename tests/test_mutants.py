@@ -249,11 +249,11 @@ def test_s390_protecting_with_the_wrong_bit_is_caught() -> None:
 
 def test_ppc_hv_reading_referenced_instead_of_changed_is_caught() -> None:
     def collect(self: Any, slot: Any, bitmap: Any) -> None:
-        octets = self._octets()
-        entries = np.flatnonzero(octets[:, 14] & 1)  # R is 0x100: the low bit of the byte before C's
+        referenced = self._bytes(14)  # R is 0x100: the low bit of the byte before C's
+        entries = np.flatnonzero(referenced & 1)
         if bitmap is not None:
             bitmap.merge(_words(self.table.frames[entries] - slot.base_gfn))
-        octets[entries, 14] &= np.uint8(0xFE)
+        referenced[entries] &= np.uint8(0xFE)
 
     assert lost_pages(mutant("ppc-hv", _collect=collect))
 

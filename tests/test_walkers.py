@@ -122,7 +122,7 @@ class Machine:
             for gfn in self.left - here.keys():
                 assert find(self.port, gfn, vcpu) is None, f"gfn {gfn:#x} is mapped, and in no slot"
         for owner in self.vcpus:
-            for gfn, (_, writable) in owner.cpu._tlb.items():
+            for gfn, (*_, writable) in owner.cpu._tlb.items():
                 assert gfn in here, "a translation of a frame that is in no slot any more"
                 slot, page = here[gfn]
                 assert not writable or slot.dirty_bitmap is None or page in self.written[slot.id], "a stale translation"
@@ -414,7 +414,8 @@ def test_a_store_through_the_walkers_address_is_a_store_to_the_page(arch: str, *
         for page in range(slot.npages):
             machine.store(page, slot.id)
             marks[slot.id, page] = mark = (-1 - len(marks)).to_bytes(8, "little", signed=True)
-            machine.memory.host_page(machine.mapped(page, slot.id).address)[8:16] = mark
+            ram, offset = machine.memory.host_memory(machine.mapped(page, slot.id).address)
+            ram[offset + 8 : offset + 16] = mark
     for (number, page), mark in marks.items():
         contents = machine.memory.read(number, [page])[0]
         assert int(contents[:8].view("<u8")[0]) == machine.words[number, page]

@@ -235,7 +235,7 @@ def walk_s390(read: Read, root: int, gfn: int) -> Mapping | None:
     return _leaf(pte & ~0xFFF, gfn, 1, writable=not protected)._replace(user_change=bool(pgste & 0x8000))
 
 
-def walk_ppc_hpt(table: bytes | memoryview, gfn: int) -> Mapping | None:
+def walk_ppc_hpt(table: bytes | bytearray | memoryview, gfn: int) -> Mapping | None:
     """The hashed page table of Power ISA 2.07 book III-S, 5.7.7; mmu-hash.h; the VRMA of kvm_book3s_64.h: a 1 TiB segment."""
     vpn = 0x1FF_FFFF << 28 | gfn
     value = (0x1FF_FFFF ^ 0x1FF_FFFF << 25 ^ vpn & 0xFFF_FFFF) & 0x7F_FFFF_FFFF
@@ -261,7 +261,7 @@ def walk_ppc_hpt(table: bytes | memoryview, gfn: int) -> Mapping | None:
     return _leaf(second & 0x0FFF_FFFF_FFFF_F000, gfn, 1, writable=changed)
 
 
-def walk_ppc32_hash(table: bytes | memoryview, gfn: int) -> Mapping | None:
+def walk_ppc32_hash(table: bytes | bytearray | memoryview, gfn: int) -> Mapping | None:
     """The 32-bit hashed page table: Programming Environments Manual, 7.6; segment n of the guest has VSID 0x1000 + n."""
     vsid, page = 0x1000 + (gfn >> 16), gfn & 0xFFFF
     value = (vsid ^ page) & 0x7_FFFF

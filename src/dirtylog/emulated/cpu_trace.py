@@ -32,11 +32,11 @@ class Access(NamedTuple):
     value: int | None = None
 
 
-def trace_of(pattern: Pattern) -> Iterator[Access]:
+def trace_of(pattern: Pattern) -> Iterator[tuple[int, int | None]]:
     """Return the trace of the store loop with this pattern's registers."""
     page, value, left = pattern.page, pattern.value, pattern.count
     while left is None or left > 0:
-        yield Access(pattern.base + (page << PAGE_SHIFT), value & 0xFFFF_FFFF_FFFF_FFFF)
+        yield pattern.base + (page << PAGE_SHIFT), value & 0xFFFF_FFFF_FFFF_FFFF
         value += pattern.step
         page = page * pattern.mul + pattern.add & pattern.mask
         if left is not None:
@@ -44,15 +44,18 @@ def trace_of(pattern: Pattern) -> Iterator[Access]:
 
 
 class TraceCpu:
-    """A CPU that runs a trace. ``host(address)`` gives the page of host memory at a host-physical address."""
+    """A CPU that runs a trace of (address, value) pairs, such as :class:`Access`.
+
+    ``host(address)`` gives the memory that holds a host-physical address, and where in it the address lies.
+    """
 
     def __init__(
         self,
         vcpu: int,
         architecture: str,
-        trace: Iterable[Access],
+        trace: Iterable[tuple[int, int | None]],
         translate: Translate,
-        host: Callable[[int], memoryview],
+        host: Callable[[int], tuple[memoryview, int]],
     ) -> None:
         self._vcpu = vcpu
         self._architecture = architecture
@@ -61,8 +64,8 @@ class TraceCpu:
         self._host = host
         self._stop = False
         self._steps = 0
-        # The TLB: frame -> (its page of host memory, may it be written).
-        self._tlb: dict[int, tuple[memoryview, bool]] = {}
+        # The TLB: frame -> (host memory, offset of the page in it, may it be written).
+        self._tlb: dict[int, tuple[memoryview, int, bool]] = {}
 
     @property
     def pc(self) -> int:
@@ -75,10 +78,10 @@ class TraceCpu:
         tlb, store = self._tlb, _WORD.pack_into
         for address, value in self._trace:
             entry = tlb.get(address >> PAGE_SHIFT)
-            if entry is None or (value is not None and not entry[1]):
+            if entry is None or (value is not None and not entry[2]):
                 entry = self._fill(address, value is not None)
             if value is not None:
-                store(entry[0], address & _OFFSET_MASK, value)
+                store(entry[0], entry[1] + (address & _OFFSET_MASK), value)
             self._steps += 1
             if self._stop:
                 return CpuExit.STOPPED
@@ -90,11 +93,12 @@ class TraceCpu:
         """Make one access now and return the 64-bit word that is there after it."""
         write = access.value is not None
         entry = self._tlb.get(access.address >> PAGE_SHIFT)
-        if entry is None or (write and not entry[1]):
+        if entry is None or (write and not entry[2]):
             entry = self._fill(access.address, write)
+        offset = entry[1] + (access.address & _OFFSET_MASK)
         if access.value is not None:
-            _WORD.pack_into(entry[0], access.address & _OFFSET_MASK, access.value)
-        word: int = _WORD.unpack_from(entry[0], access.address & _OFFSET_MASK)[0]
+            _WORD.pack_into(entry[0], offset, access.value)
+        word: int = _WORD.unpack_from(entry[0], offset)[0]
         return word
 
     def stop(self) -> None:
@@ -105,7 +109,7 @@ class TraceCpu:
         """Drop every cached translation."""
         self._tlb.clear()
 
-    def _fill(self, address: int, write: bool) -> tuple[memoryview, bool]:  # noqa: FBT001 - private, two callers
+    def _fill(self, address: int, write: bool) -> tuple[memoryview, int, bool]:  # noqa: FBT001 - private, two callers
         found = self._translate(self._vcpu, address >> PAGE_SHIFT, write)
         if found is None:
             raise GuestFaultError(
@@ -115,5 +119,5 @@ class TraceCpu:
                 address=address,
                 architecture=self._architecture,
             )
-        entry = self._tlb[address >> PAGE_SHIFT] = (self._host(found[0]), found[1])
+        entry = self._tlb[address >> PAGE_SHIFT] = (*self._host(found[0]), found[1])
         return entry

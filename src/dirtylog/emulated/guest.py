@@ -112,7 +112,7 @@ def store_loop(isa: Isa) -> bytes:
 
 
 def _trace_cpu(memory: EmulatedMemory, arch: str, loops: Sequence[Pattern], index: int) -> Cpu:
-    return TraceCpu(index, arch, trace_of(loops[index]), memory.port.translate, memory.host_page)
+    return TraceCpu(index, arch, trace_of(loops[index]), memory.port.translate, memory.host_memory)
 
 
 def _loop_cpu(memory: EmulatedMemory, isa: Isa, rom: int, loops: Sequence[Pattern], index: int) -> Cpu:

@@ -34,9 +34,11 @@ class HashedTable:
     def _allocate(self, ngroups: int) -> None:
         self.ngroups = ngroups
         self._secondary_used = False
-        self.words = np.zeros((ngroups * GROUP, 2), f">u{self.word_bytes}")
-        self.buffer = self.words.reshape(-1).view(np.uint8).data
+        self.buffer = bytearray(ngroups * self.group_bytes)  # of all types it has the fastest search
+        self.octets = np.frombuffer(self.buffer, np.uint8)
+        self.words = self.octets.view(f">u{self.word_bytes}").reshape(-1, 2)
         self.frames = np.full(ngroups * GROUP, -1, np.int64)
+        self._frames_view = self.frames.data
 
     def primary(self, gfn: int) -> tuple[int, int]:
         """Return (group, first word) of a page's entry in its primary group."""
@@ -59,13 +61,13 @@ class HashedTable:
     def _place(self, group: int, first_word: int) -> int | None:
         """Return the place in a group of an entry with this first word. The search in bytes is the fastest that Python has."""
         start = group * self.group_bytes
-        octets = self.buffer[start : start + self.group_bytes].tobytes()
+        end = start + self.group_bytes
         wanted = self._word_codec.pack(first_word)
-        found = octets.find(wanted)
+        found = self.buffer.find(wanted, start, end)
         while found >= 0:
             if not found % self.entry_bytes:
-                return found // self.entry_bytes
-            found = octets.find(wanted, found + 1)
+                return (found - start) // self.entry_bytes
+            found = self.buffer.find(wanted, found + 1, end)
         return None
 
     def set_second(self, entry: int, word: int) -> None:
@@ -90,7 +92,7 @@ class HashedTable:
         """Make ``entry`` the valid entry of a page; the second word is written before the one that makes it valid."""
         self.set_second(entry, second)
         self._word_codec.pack_into(self.buffer, entry * self.entry_bytes, tag)
-        self.frames[entry] = gfn
+        self._frames_view[entry] = gfn
 
     def invalidate(self, entries: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
         """Make these entries free."""

@@ -137,11 +137,11 @@ class EmulatedMemory:
         flat = self._ram[slot].pages.reshape(-1)
         flat[offset : offset + len(image)] = np.frombuffer(image, np.uint8)
 
-    def host_page(self, address: int) -> memoryview:
-        """Return the page at a host-physical address."""
+    def host_memory(self, address: int) -> tuple[memoryview, int]:
+        """Return the memory of the slot that holds a host-physical address, and the offset of the address in it."""
         for ram in self._ram.values():
-            if ram.address <= address < ram.address + ram.nbytes:
-                return ram.page(address)
+            if 0 <= address - ram.address < ram.nbytes:
+                return ram.view, address - ram.address
         raise InvalidArgumentError(f"host-physical address {address:#x} is no guest's memory")
 
     def host_ranges(self) -> list[tuple[int, int, int]]:

@@ -170,7 +170,7 @@ class RadixPort(SoftwarePort):
             entry = (entry | self._write) & self._protect_mask
         if write and bitmap is not None:
             self._log_write(bitmap, gfn - slot.base_gfn, offset)
-        memory.store(offset, entry)
+        memory.codec.pack_into(memory.buffer, offset, entry)
         return entry, block
 
     def _log_write(self, bitmap: SlotBitmap, page: int, offset: int) -> None:  # noqa: ARG002 - for ports that log beside the entry

@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-from dirtylog.emulated.port import PAGE_SHIFT, PAGE_SIZE
+from dirtylog.emulated.port import PAGE_SIZE
 from dirtylog.errors import InvalidArgumentError
 
 
@@ -30,19 +30,10 @@ class Ram:
         except (OSError, OverflowError, ValueError) as error:
             raise InvalidArgumentError(f"a guest of {nbytes} bytes: the host cannot map it", reason=str(error)) from error
         self.pages = np.frombuffer(self._mapping, np.uint8).reshape(npages, PAGE_SIZE)
-        self._view = memoryview(self._mapping)
+        self.view = memoryview(self._mapping)
+        self.nbytes = nbytes
         # Safe: the address is good while self._mapping is exported, and this object holds the export.
         self.host = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
-
-    @property
-    def nbytes(self) -> int:
-        """The length."""
-        return len(self._mapping)
-
-    def page(self, address: int) -> memoryview:
-        """Return the page at a host-physical address."""
-        offset = (address - self.address) >> PAGE_SHIFT << PAGE_SHIFT
-        return self._view[offset : offset + PAGE_SIZE]
 
 
 def host_memory() -> int | None:

@@ -67,7 +67,7 @@ VRMA_FRAMES = 1 << 28
 # The bytes of a big-endian entry that hold V and absent, and C.
 _VALID_BYTE = 7
 _CHANGED_BYTE = 15
-_SCAN = 1 << 16  # entries looked at at a time, so that a sync needs no scratch that grows with the table
+_SCAN = 1 << 17  # entries looked at at a time, so that a sync needs no scratch that grows with the table
 MIN_GROUPS = 1 << 11  # the eleven bits of the page number that AVPN leaves out must choose the group
 
 
@@ -179,22 +179,24 @@ class PpcHvPort(SoftwareSyncPort):
 
     def _set_changed(self, entries: set[int]) -> None:
         numbers = np.fromiter(entries, np.int64, len(entries))
-        self._octets()[numbers, _CHANGED_BYTE] |= np.uint8(CHANGED)
+        self._bytes(_CHANGED_BYTE)[numbers] |= np.uint8(CHANGED)
 
-    def _octets(self) -> NDArray[np.uint8]:
-        """Return the table as uint8[entries, 16]."""
-        return self.table.words.reshape(-1).view(np.uint8).reshape(-1, 16)
+    def _bytes(self, number: int) -> NDArray[np.uint8]:
+        """Return this byte of every entry, a view."""
+        return self.table.octets[number :: self.table.entry_bytes]
 
     def _collect(self, slot: MemorySlot, bitmap: SlotBitmap | None) -> None:
         """Mark the slot's pages whose C is set in ``bitmap``, and clear C; the entries are absent meanwhile."""
-        octets = self._octets()
-        for start in range(0, len(octets), _SCAN):
-            entries = start + np.flatnonzero(octets[start : start + _SCAN, _CHANGED_BYTE] & CHANGED != 0)
+        valid, changed = self._bytes(_VALID_BYTE), self._bytes(_CHANGED_BYTE)
+        for start in range(0, len(changed), _SCAN):
+            entries = start + np.flatnonzero(changed[start : start + _SCAN] & CHANGED != 0)
+            if not len(entries):
+                continue
             gfns = self.table.frames[entries]
             here = (gfns >= slot.base_gfn) & (gfns < slot.end_gfn)
             entries = entries[here]
             if bitmap is not None:
                 bitmap.merge(words_of_pages(gfns[here] - slot.base_gfn))
-            octets[entries, _VALID_BYTE] ^= np.uint8(VALID | ABSENT)
-            octets[entries, _CHANGED_BYTE] &= ~np.uint8(CHANGED)
-            octets[entries, _VALID_BYTE] ^= np.uint8(VALID | ABSENT)
+            valid[entries] ^= np.uint8(VALID | ABSENT)
+            changed[entries] &= ~np.uint8(CHANGED)
+            valid[entries] ^= np.uint8(VALID | ABSENT)

@@ -28,6 +28,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dirtylog.emulated.hashed import GROUP, HashedTable
 from dirtylog.emulated.port import PAGE_SHIFT, SoftwareSyncPort, Translation
 
@@ -71,6 +73,8 @@ class PpcPvPort(SoftwareSyncPort):
     def __init__(self, slots: SlotTable, vcpus: Sequence[TlbOwner]) -> None:
         super().__init__(slots, vcpus)
         self.table = HashedTable(4, NGROUPS, tag=_first_word, hash_of=_hash, secondary=SECONDARY)
+        # The entries in use, so that dropping them costs what is mapped: KVM keeps lists for the same reason.
+        self._used: list[int] = []
 
     def translate(self, vcpu: int, gfn: int, write: bool) -> Translation | None:  # noqa: ARG002, FBT001 - as declared
         """Search the shadow entries; where there is none, or none that permits it, make one."""
@@ -98,7 +102,11 @@ class PpcPvPort(SoftwareSyncPort):
 
     def unmap(self, slot: MemorySlot) -> None:
         """Drop the slot's shadow entries."""
-        self.table.invalidate(self.table.of_range(slot.base_gfn, slot.npages))
+        used = np.array(self._used, np.int64)
+        gfns = self.table.frames[used]
+        here = (gfns >= slot.base_gfn) & (gfns < slot.end_gfn)
+        self.table.invalidate(used[here])
+        self._used = used[~here].tolist()
 
     def flush_tlbs(self, slot: MemorySlot) -> None:
         """Drop the slot's shadow entries, then the translations that were loaded from them."""
@@ -118,8 +126,12 @@ class PpcPvPort(SoftwareSyncPort):
             slot.dirty_bitmap.mark(gfn - slot.base_gfn)
         if found is not None:
             self.table.set_second(found[0], second)
-        elif self.table.insert(gfn, second) is None:
-            # The entry that makes room was logged when it was made, so a translation loaded from it is flushed by the next get.
-            group, tag = self.table.primary(gfn)
-            self.table.write(group * GROUP, gfn, tag, second)
+        else:
+            entry = self.table.insert(gfn, second)
+            if entry is None:
+                # What makes room was logged when it was entered: a translation loaded from it is flushed by the next get.
+                group, tag = self.table.primary(gfn)
+                entry = group * GROUP
+                self.table.write(entry, gfn, tag, second)
+            self._used.append(entry)
         return second

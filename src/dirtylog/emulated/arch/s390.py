@@ -108,6 +108,8 @@ class S390Port(RadixPort, SoftwareSyncPort):
             first, tables = self.tables.leaf_tables(start, stop - start)
             frames = tables // self.leaf_table_bytes
             changed = np.flatnonzero(octets[frames] & _UC_IN_BYTE != 0)
+            if not len(changed):
+                continue
             segment, page = changed // ENTRIES, changed % ENTRIES
             gfns = first[segment] + page
             here = (gfns >= start) & (gfns < stop)  # a segment may serve two slots
