@@ -52,7 +52,7 @@ def words_of_pages(pages: NDArray[np.int64]) -> DirtyWords:
     if not len(pages):
         return DirtyWords(np.empty(0, np.int64), np.empty(0, np.uint64))
     if np.any(pages[1:] <= pages[:-1]):
-        pages = np.unique(pages)
+        pages = np.sort(pages)  # repeats do not matter: they are or-ed
     index = pages >> 6
     bits = _ONE << (pages & 63).astype(np.uint64)
     starts = np.flatnonzero(np.concatenate(([True], index[1:] != index[:-1])))

@@ -99,6 +99,11 @@ class HashedTable:
         self.words[entries] = 0
         self.frames[entries] = -1
 
+    def clear(self) -> None:
+        """Make every entry free."""
+        self.octets[:] = 0
+        self.frames[:] = -1
+
     def of_range(self, base_gfn: int, npages: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Return the numbers of the entries that map a page of a range."""
         # One comparison does for both ends: what lies before the range wraps to a large number.

@@ -67,7 +67,7 @@ VRMA_FRAMES = 1 << 28
 # The bytes of a big-endian entry that hold V and absent, and C.
 _VALID_BYTE = 7
 _CHANGED_BYTE = 15
-_SCAN = 1 << 17  # entries looked at at a time, so that a sync needs no scratch that grows with the table
+_SCAN = 1 << 16  # entries looked at at a time, so that a sync needs no scratch that grows with the table
 MIN_GROUPS = 1 << 11  # the eleven bits of the page number that AVPN leaves out must choose the group
 
 
@@ -188,15 +188,14 @@ class PpcHvPort(SoftwareSyncPort):
     def _collect(self, slot: MemorySlot, bitmap: SlotBitmap | None) -> None:
         """Mark the slot's pages whose C is set in ``bitmap``, and clear C; the entries are absent meanwhile."""
         valid, changed = self._bytes(_VALID_BYTE), self._bytes(_CHANGED_BYTE)
-        for start in range(0, len(changed), _SCAN):
-            entries = start + np.flatnonzero(changed[start : start + _SCAN] & CHANGED != 0)
-            if not len(entries):
-                continue
-            gfns = self.table.frames[entries]
-            here = (gfns >= slot.base_gfn) & (gfns < slot.end_gfn)
-            entries = entries[here]
-            if bitmap is not None:
-                bitmap.merge(words_of_pages(gfns[here] - slot.base_gfn))
-            valid[entries] ^= np.uint8(VALID | ABSENT)
-            changed[entries] &= ~np.uint8(CHANGED)
-            valid[entries] ^= np.uint8(VALID | ABSENT)
+        entries = np.concatenate(
+            [start + np.flatnonzero(changed[start : start + _SCAN] & CHANGED != 0) for start in range(0, len(changed), _SCAN)]
+        )
+        gfns = self.table.frames[entries]
+        here = (gfns >= slot.base_gfn) & (gfns < slot.end_gfn)
+        entries = entries[here]
+        if bitmap is not None:
+            bitmap.merge(words_of_pages(gfns[here] - slot.base_gfn))
+        valid[entries] ^= np.uint8(VALID | ABSENT)
+        changed[entries] &= ~np.uint8(CHANGED)
+        valid[entries] ^= np.uint8(VALID | ABSENT)

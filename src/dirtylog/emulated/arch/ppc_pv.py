@@ -26,6 +26,7 @@ Sources: PowerPC Programming Environments Manual, 7.6 (hashed page tables); Linu
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,6 +51,8 @@ PP_READ_ONLY = 3
 PP_MASK = 3
 
 FIRST_VSID = 0x1000
+# With more than this share of the table in use all of it is dropped, which takes less time, and costs other slots a fault a page.
+_MANY = 16
 NGROUPS = 1 << 14  # 1 MiB: a full group loses an entry, which costs a fault and nothing else
 
 
@@ -74,7 +77,7 @@ class PpcPvPort(SoftwareSyncPort):
         super().__init__(slots, vcpus)
         self.table = HashedTable(4, NGROUPS, tag=_first_word, hash_of=_hash, secondary=SECONDARY)
         # The entries in use, so that dropping them costs what is mapped: KVM keeps lists for the same reason.
-        self._used: list[int] = []
+        self._used = array("q")
 
     def translate(self, vcpu: int, gfn: int, write: bool) -> Translation | None:  # noqa: ARG002, FBT001 - as declared
         """Search the shadow entries; where there is none, or none that permits it, make one."""
@@ -102,11 +105,15 @@ class PpcPvPort(SoftwareSyncPort):
 
     def unmap(self, slot: MemorySlot) -> None:
         """Drop the slot's shadow entries."""
-        used = np.array(self._used, np.int64)
+        if len(self._used) > len(self.table.frames) // _MANY:
+            self.table.clear()
+            self._used = array("q")
+            return
+        used = np.array(self._used)
         gfns = self.table.frames[used]
         here = (gfns >= slot.base_gfn) & (gfns < slot.end_gfn)
         self.table.invalidate(used[here])
-        self._used = used[~here].tolist()
+        self._used = array("q", used[~here].tobytes())
 
     def flush_tlbs(self, slot: MemorySlot) -> None:
         """Drop the slot's shadow entries, then the translations that were loaded from them."""

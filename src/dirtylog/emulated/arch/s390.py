@@ -103,18 +103,18 @@ class S390Port(RadixPort, SoftwareSyncPort):
     def _collect(self, slot: MemorySlot, bitmap: SlotBitmap | None) -> None:
         """Mark the pages whose UC is set in ``bitmap``, protect them, and clear UC: in this order nothing is ever in neither."""
         octets = np.frombuffer(self.tables.memory.buffer, np.uint8).reshape(-1, 2, ENTRIES, 8)[:, 1, :, _UC_BYTE]
+        found = [np.empty((3, 0), np.int64)]
         for start in range(slot.base_gfn, slot.end_gfn, _SCAN):
-            stop = min(start + _SCAN, slot.end_gfn)
-            first, tables = self.tables.leaf_tables(start, stop - start)
+            first, tables = self.tables.leaf_tables(start, min(_SCAN, slot.end_gfn - start))
             frames = tables // self.leaf_table_bytes
             changed = np.flatnonzero(octets[frames] & _UC_IN_BYTE != 0)
-            if not len(changed):
-                continue
-            segment, page = changed // ENTRIES, changed % ENTRIES
-            gfns = first[segment] + page
-            here = (gfns >= start) & (gfns < stop)  # a segment may serve two slots
-            gfns, segment, page = gfns[here], segment[here], page[here]
-            if bitmap is not None:
-                bitmap.merge(words_of_pages(gfns - slot.base_gfn))
-            self.tables.revoke(gfns)
-            octets[frames[segment], page] &= 0xFF ^ _UC_IN_BYTE
+            if len(changed):
+                segment, page = changed // ENTRIES, changed % ENTRIES
+                gfns = first[segment] + page
+                here = (gfns >= start) & (gfns < min(start + _SCAN, slot.end_gfn))  # a segment may serve two slots
+                found.append(np.stack((gfns, frames[segment], page))[:, here])
+        gfns, frames, page = np.concatenate(found, axis=1)
+        if bitmap is not None:
+            bitmap.merge(words_of_pages(gfns - slot.base_gfn))
+        self.tables.revoke(gfns)
+        octets[frames, page] &= 0xFF ^ _UC_IN_BYTE
