@@ -400,6 +400,24 @@ def test_a_store_between_the_protection_and_the_flush_is_logged(arch: str, monke
     machine.check()
 
 
+@pytest.mark.parametrize("arch", PORTS)
+def test_a_large_slot_has_no_seams(arch: str) -> None:
+    npages = (3 << 16) + 77
+    machine = Machine(arch, (5, npages))
+    # Ports work through a large slot in stretches, counted from its first page or from frame 0.
+    pages = {0, npages - 1, *(page for seam in (1 << 16, 2 << 16, 3 << 16) for page in range(seam - 7, seam + 3))}
+    log = DirtyLog(machine.memory)
+    for page in pages:
+        machine.store(page)
+    log.start()
+    assert not machine.writable(pages)
+    for _ in range(2):
+        for page in pages:
+            machine.store(page)
+        assert set(log.get(0).pages().tolist()) == pages
+        assert not machine.writable(pages)
+
+
 # --- 2. the right page
 
 

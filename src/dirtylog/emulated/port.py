@@ -169,13 +169,13 @@ class RadixPort(SoftwarePort):
                 entry = memory.load(offset)
             entry = (entry | self._write) & self._protect_mask
         if write and bitmap is not None:
-            self._log_write(bitmap, gfn - slot.base_gfn, offset)
+            self._log_write(slot, bitmap, gfn, offset)
         memory.codec.pack_into(memory.buffer, offset, entry)
         return entry, block
 
-    def _log_write(self, bitmap: SlotBitmap, page: int, offset: int) -> None:  # noqa: ARG002 - for ports that log beside the entry
+    def _log_write(self, slot: MemorySlot, bitmap: SlotBitmap, gfn: int, offset: int) -> None:  # noqa: ARG002 - for other ports
         """Log a page whose leaf at ``offset`` is about to get write permission."""
-        bitmap.mark(page)
+        bitmap.mark(gfn - slot.base_gfn)
 
     def _new_entry(self, slot: MemorySlot, gfn: int) -> tuple[int, int, bool]:
         """Return (offset, entry without write permission, is it a block) for a page that is not mapped yet."""

@@ -170,7 +170,8 @@ class PpcHvPort(SoftwareSyncPort):
     def _write_back(self, vcpu: int) -> None:
         late = self._late.get(vcpu)
         if late is not None:
-            self._set_changed(late.old | late.young)
+            self._set_changed(late.old)
+            self._set_changed(late.young)
             late.old, late.young = set(), set()
 
     def _write_back_all(self) -> None:
@@ -178,8 +179,9 @@ class PpcHvPort(SoftwareSyncPort):
             self._write_back(vcpu)
 
     def _set_changed(self, entries: set[int]) -> None:
-        numbers = np.fromiter(entries, np.int64, len(entries))
-        self._bytes(_CHANGED_BYTE)[numbers] |= np.uint8(CHANGED)
+        if entries:
+            numbers = np.fromiter(entries, np.int64, len(entries))
+            self._bytes(_CHANGED_BYTE)[numbers] |= np.uint8(CHANGED)
 
     def _bytes(self, number: int) -> NDArray[np.uint8]:
         """Return this byte of every entry, a view."""

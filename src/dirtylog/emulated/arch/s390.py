@@ -17,15 +17,17 @@ Segment table (2048 entries): origin, 0x20 invalid, 0x1 present; with 0x400 the 
 and 0x8000, 0x4000, 0x2000, 0x1000 are software's write, read, dirty, young. Region-third entries (2048) add 0x4 (type) and 0x3
 (length).
 
-The log is read by segment: test and clear UC of 256 pages, protect those that had it, flush. These are the positions since
-Linux v6.14; before, UC was 0x0000800000000000, and before v3.13 0x0000400000000000. Sources: z/Architecture Principles of
-Operation, chapter 3 (dynamic address translation); Linux arch/s390/include/asm/pgtable.h, arch/s390/mm/pgtable.c
-(ptep_test_and_clear_uc, pgste_set_pte), arch/s390/mm/gmap.c (gmap_sync_dirty_log_pmd), arch/s390/kvm/kvm-s390.c
-(kvm_arch_sync_dirty_log).
+The log is read by testing and clearing UC, protecting the pages that had it, and flushing. (KVM walks every segment of a slot,
+256 PGSTEs at a time; here the faults leave a list of where to look, so that a sync costs what is dirty.) These are the
+positions since Linux v6.14; before, UC was 0x0000800000000000, and before v3.13 0x0000400000000000. Sources:
+z/Architecture Principles of Operation, chapter 3 (dynamic address translation); Linux arch/s390/include/asm/pgtable.h,
+arch/s390/mm/pgtable.c (ptep_test_and_clear_uc, pgste_set_pte), arch/s390/mm/gmap.c (gmap_sync_dirty_log_pmd),
+arch/s390/kvm/kvm-s390.c (kvm_arch_sync_dirty_log).
 """
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -35,7 +37,10 @@ from dirtylog.emulated.tables import EntryFormat
 from dirtylog.words import words_of_pages
 
 if TYPE_CHECKING:
-    from dirtylog.memslot import MemorySlot
+    from collections.abc import Sequence
+
+    from dirtylog.emulated.port import TlbOwner
+    from dirtylog.memslot import MemorySlot, SlotTable
     from dirtylog.slotbitmap import SlotBitmap
 
 PAGE_INVALID = 0x400
@@ -50,10 +55,6 @@ PGSTE_UC = 0x8000
 PGSTE_OFFSET = 2048
 
 ENTRIES = 256
-# The byte of a big-endian PGSTE that holds UC, and UC in that byte.
-_UC_BYTE = 6
-_UC_IN_BYTE = 0x80
-_SCAN = 1 << 16  # pages looked at at a time, so that a sync needs no scratch that grows with the slot
 
 
 class S390Port(RadixPort, SoftwareSyncPort):
@@ -81,13 +82,23 @@ class S390Port(RadixPort, SoftwareSyncPort):
         empty_leaf=PAGE_INVALID,
     )
 
+    def __init__(self, slots: SlotTable, vcpus: Sequence[TlbOwner]) -> None:
+        super().__init__(slots, vcpus)
+        # The frames whose UC was set since the last sync: where to look. Whether it is set, the PGSTE says.
+        self._changed = array("q")
+
     def start_logging(self, slot: MemorySlot) -> None:
         """Forget what UC holds from before, and protect every page and block."""
         self._collect(slot, None)
         super().start_logging(slot)
 
+    def stop_logging(self, slot: MemorySlot) -> None:
+        """Clear UC while the tables that hold it are there."""
+        self._collect(slot, None)
+        super().stop_logging(slot)
+
     def sync_dirty_log(self, slot: MemorySlot) -> None:
-        """Move UC into the bitmap, segment by segment, and protect those pages again."""
+        """Move UC into the bitmap, and protect those pages again."""
         with self.mmu_lock:
             self._collect(slot, slot.dirty_bitmap)
 
@@ -96,25 +107,22 @@ class S390Port(RadixPort, SoftwareSyncPort):
         self._collect(slot, slot.dirty_bitmap)
         super().unmap(slot)
 
-    def _log_write(self, bitmap: SlotBitmap, page: int, offset: int) -> None:  # noqa: ARG002 - the log is the PGSTE
+    def _log_write(self, slot: MemorySlot, bitmap: SlotBitmap, gfn: int, offset: int) -> None:  # noqa: ARG002 - the log is the PGSTE
         memory = self.tables.memory
+        self._changed.append(gfn)
         memory.store(offset + PGSTE_OFFSET, memory.load(offset + PGSTE_OFFSET) | PGSTE_UC)
 
     def _collect(self, slot: MemorySlot, bitmap: SlotBitmap | None) -> None:
         """Mark the pages whose UC is set in ``bitmap``, protect them, and clear UC: in this order nothing is ever in neither."""
-        octets = np.frombuffer(self.tables.memory.buffer, np.uint8).reshape(-1, 2, ENTRIES, 8)[:, 1, :, _UC_BYTE]
-        found = [np.empty((3, 0), np.int64)]
-        for start in range(slot.base_gfn, slot.end_gfn, _SCAN):
-            first, tables = self.tables.leaf_tables(start, min(_SCAN, slot.end_gfn - start))
-            frames = tables // self.leaf_table_bytes
-            changed = np.flatnonzero(octets[frames] & _UC_IN_BYTE != 0)
-            if len(changed):
-                segment, page = changed // ENTRIES, changed % ENTRIES
-                gfns = first[segment] + page
-                here = (gfns >= start) & (gfns < min(start + _SCAN, slot.end_gfn))  # a segment may serve two slots
-                found.append(np.stack((gfns, frames[segment], page))[:, here])
-        gfns, frames, page = np.concatenate(found, axis=1)
+        frames = np.sort(np.array(self._changed))
+        here = (frames >= slot.base_gfn) & (frames < slot.end_gfn)  # a segment may serve two slots
+        # While a slot is logged its dirty pages are mapped by leaves, so there is a leaf for each frame.
+        gfns, words = frames[here], self.tables.memory.words
+        pgstes = self.tables.locate(gfns)[0] + ENTRIES
+        changed = words[pgstes] & np.uint64(PGSTE_UC) != 0
+        gfns, pgstes = gfns[changed], pgstes[changed]
         if bitmap is not None:
             bitmap.merge(words_of_pages(gfns - slot.base_gfn))
         self.tables.revoke(gfns)
-        octets[frames, page] &= 0xFF ^ _UC_IN_BYTE
+        words[pgstes] &= np.uint64(~PGSTE_UC & (1 << 64) - 1)
+        self._changed = array("q", frames[~here].tobytes())
