@@ -67,7 +67,6 @@ VRMA_FRAMES = 1 << 28
 # The bytes of a big-endian entry that hold V and absent, and C.
 _VALID_BYTE = 7
 _CHANGED_BYTE = 15
-_SCAN = 1 << 16  # entries looked at at a time, so that a sync needs no scratch that grows with the table
 MIN_GROUPS = 1 << 11  # the eleven bits of the page number that AVPN leaves out must choose the group
 
 
@@ -99,6 +98,8 @@ class PpcHvPort(SoftwareSyncPort):
         super().__init__(slots, vcpus)
         self.table = HashedTable(8, MIN_GROUPS, tag=_first_word, hash_of=_hash, secondary=SECONDARY)
         self._late: dict[int, _LateWrites] = {}
+        # Entries whose C was written since it was last cleared: where a sync looks. Whether it is set, the entry says.
+        self._changed = np.empty(0, np.int64)
 
     def translate(self, vcpu: int, gfn: int, write: bool) -> Translation | None:  # noqa: FBT001 - as declared
         """Search the table as the processor does. A store to a page with C clear is what will set C."""
@@ -155,6 +156,7 @@ class PpcHvPort(SoftwareSyncPort):
         while entry is None:
             self._write_back_all()  # it goes by the number of the entry, which changes now
             self.table.grow()
+            self._changed = np.flatnonzero(self._bytes(_CHANGED_BYTE) & CHANGED != 0)
             entry = self.table.insert(gfn, second)
         return entry, second
 
@@ -181,6 +183,7 @@ class PpcHvPort(SoftwareSyncPort):
     def _set_changed(self, entries: set[int]) -> None:
         if entries:
             numbers = np.fromiter(entries, np.int64, len(entries))
+            self._changed = np.concatenate((self._changed, numbers))
             self._bytes(_CHANGED_BYTE)[numbers] |= np.uint8(CHANGED)
 
     def _bytes(self, number: int) -> NDArray[np.uint8]:
@@ -190,14 +193,13 @@ class PpcHvPort(SoftwareSyncPort):
     def _collect(self, slot: MemorySlot, bitmap: SlotBitmap | None) -> None:
         """Mark the slot's pages whose C is set in ``bitmap``, and clear C; the entries are absent meanwhile."""
         valid, changed = self._bytes(_VALID_BYTE), self._bytes(_CHANGED_BYTE)
-        entries = np.concatenate(
-            [start + np.flatnonzero(changed[start : start + _SCAN] & CHANGED != 0) for start in range(0, len(changed), _SCAN)]
-        )
-        gfns = self.table.frames[entries]
+        gfns = self.table.frames[self._changed]
         here = (gfns >= slot.base_gfn) & (gfns < slot.end_gfn)
-        entries = entries[here]
+        set_here = here & (changed[self._changed] & CHANGED != 0)
+        entries, gfns = self._changed[set_here], gfns[set_here]
         if bitmap is not None:
-            bitmap.merge(words_of_pages(gfns[here] - slot.base_gfn))
+            bitmap.merge(words_of_pages(gfns - slot.base_gfn))
         valid[entries] ^= np.uint8(VALID | ABSENT)
         changed[entries] &= ~np.uint8(CHANGED)
         valid[entries] ^= np.uint8(VALID | ABSENT)
+        self._changed = self._changed[~here]
