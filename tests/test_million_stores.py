@@ -49,5 +49,5 @@ def test_a_million_stores_lose_nothing(arch: str) -> None:
             stored = copy[index * PAGES : (index + 1) * PAGES, : word.itemsize].copy().view(word).ravel()
             lost = np.flatnonzero(stored != last_value_of_each_page(pattern))
             assert not len(lost), f"vCPU {index}: {len(lost)} pages lost, first {lost[:5]}"
-        assert reports > 10 * PAGES, "the log was read while the guest ran"
+        assert reports > 2 * PAGES, "the log was read while the guest ran"
         assert np.array_equal(copy, memory.read(RAM_SLOT, np.arange(npages)))

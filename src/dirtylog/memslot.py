@@ -50,10 +50,13 @@ class MemorySlot:
     flags: SlotFlags = SlotFlags.NONE
     host_address: int = 0
     dirty_bitmap: SlotBitmap | None = field(default=None, repr=False)
+    readonly: bool = field(init=False, repr=False)
+    """Whether the guest may only read. It never changes, and every miss asks: to test the flags would cost more than a walk."""
 
     def __post_init__(self) -> None:
         for name in ("id", "base_gfn", "npages", "page_size", "host_address"):
             setattr(self, name, operator.index(getattr(self, name)))
+        self.readonly = bool(self.flags & SlotFlags.READONLY)
         if self.page_size < 1 or self.page_size & (self.page_size - 1):
             raise InvalidArgumentError(f"page size {self.page_size}: it must be a power of two")
         if not 1 <= self.npages <= MEM_MAX_NR_PAGES:
@@ -80,11 +83,6 @@ class MemorySlot:
     def nbytes(self) -> int:
         """The length in bytes."""
         return self.npages * self.page_size
-
-    @property
-    def readonly(self) -> bool:
-        """Whether the guest may only read."""
-        return bool(self.flags & SlotFlags.READONLY)
 
 
 class SlotTable:

@@ -153,6 +153,9 @@ class RadixTables:
             form.block_mask,
             self._block_value if form.block_mask else -1,
         )
+        self._leaf_bits = form.index_bits[-1]
+        # The page-walk cache, as a processor has one: where the leaf table of a run of frames lies, from its first walk on.
+        self._leaf_table: dict[int, int] = {}
         self._root = self.memory.allocate((1 << form.index_bits[0]) * _ENTRY, form.empty_table)
 
     @property
@@ -167,6 +170,10 @@ class RadixTables:
         """
         # Every miss comes through here: names are looked up once, and the loads are not calls of load.
         unpack, buffer = self.memory.codec.unpack_from, self.memory.buffer
+        cached = self._leaf_table.get(gfn >> self._leaf_bits)
+        if cached is not None:
+            offset = cached + (gfn & self._leaf_mask) * _ENTRY
+            return offset, unpack(buffer, offset)[0], False
         table_present, address_mask, address_shift, block_mask, block_value = self._walk_constants
         table = self._root
         for shift, mask in self._upper:
@@ -177,6 +184,7 @@ class RadixTables:
             if entry & block_mask == block_value:
                 return offset, entry, True
             table = ((entry & address_mask) << address_shift) - TABLES
+        self._leaf_table[gfn >> self._leaf_bits] = table
         offset = table + (gfn & self._leaf_mask) * _ENTRY
         return offset, unpack(buffer, offset)[0], False
 
@@ -209,9 +217,13 @@ class RadixTables:
 
     def revoke(self, gfns: NDArray[np.int64]) -> None:
         """Take the write permission of every leaf or block that maps one of ``gfns``."""
-        words = self.memory.words
         for index in self.locate(gfns):
-            words[index] = words[index] & np.uint64(self.format.write ^ _ALL) | np.uint64(self.format.protect)
+            self.revoke_entries(index)
+
+    def revoke_entries(self, index: NDArray[np.int64]) -> None:
+        """Take the write permission of the leaves or blocks at these word indices."""
+        words = self.memory.words
+        words[index] = words[index] & np.uint64(self.format.write ^ _ALL) | np.uint64(self.format.protect)
 
     def locate(self, gfns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the word indices of the present leaves, and of the blocks, that map ``gfns``. A block may repeat."""
@@ -256,6 +268,8 @@ class RadixTables:
         gfns, tables = self.leaf_tables(base_gfn, npages)
         whole = (gfns >= base_gfn) & (gfns + self.block_pages <= base_gfn + npages)
         for gfn, table in zip(gfns[whole].tolist(), tables[whole].tolist(), strict=True):
+            # Out of the walk cache first: a table that is no longer in the tree is found by nothing that takes permissions.
+            self._leaf_table.pop(gfn >> self._leaf_bits, None)
             self.memory.store(self._descend(gfn, len(self._upper) - 1), self.format.empty_table)
             self.memory.release(table)
 

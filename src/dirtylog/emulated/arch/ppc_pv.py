@@ -138,7 +138,7 @@ class PpcPvPort(SoftwareSyncPort):
             if entry is None:
                 # What makes room was logged when it was entered: a translation loaded from it is flushed by the next get.
                 group, tag = self.table.primary(gfn)
-                entry = group * GROUP
-                self.table.write(entry, gfn, tag, second)
-            self._used.append(entry)
+                self.table.write(group * GROUP, gfn, tag, second)
+            else:
+                self._used.append(entry)
         return second

@@ -123,6 +123,6 @@ class S390Port(RadixPort, SoftwareSyncPort):
         gfns, pgstes = gfns[changed], pgstes[changed]
         if bitmap is not None:
             bitmap.merge(words_of_pages(gfns - slot.base_gfn))
-        self.tables.revoke(gfns)
+        self.tables.revoke_entries(pgstes - ENTRIES)
         words[pgstes] &= np.uint64(~PGSTE_UC & (1 << 64) - 1)
         self._changed = array("q", frames[~here].tobytes())
