@@ -267,6 +267,22 @@ def test_slots_are_removed_and_toggled_while_others_get(name: str) -> None:
         assert pages == set(range(30))
 
 
+def test_a_page_that_two_processors_hold_late_is_reported_once() -> None:
+    """The invalidation of its entry forces the write of C by both: one store, one report (ppc hv)."""
+    scene = Scene(PORTS["ppc-hv"])
+    for vcpu in scene.vcpus:
+        vcpu.in_guest = True
+    with DirtyLog(scene.memory) as log:
+        scene.store(7, vcpu=0)
+        reports = log.get(SLOT).count()  # late by one get
+        scene.store(7, vcpu=1)
+        for _ in range(4):
+            reports += log.get(SLOT).count()
+        assert reports == 1
+        scene.store(7, vcpu=1)
+        assert sum(log.get(SLOT).count() for _ in range(4)) == 1, "a later store is reported"
+
+
 def test_every_protect_port_names_the_hooks_that_it_needs() -> None:
     for port in PORTS.values():
         assert issubclass(port, ProtectPort) == hasattr(port, "enable_log_dirty")

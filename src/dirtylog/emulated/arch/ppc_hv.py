@@ -203,3 +203,8 @@ class PpcHvPort(SoftwareSyncPort):
         changed[entries] &= ~np.uint8(CHANGED)
         valid[entries] ^= np.uint8(VALID | ABSENT)
         self._changed = self._changed[~here]
+        # The invalidation that follows forces the write of C by every processor: what is late of these pages is in this report.
+        for late in self._late.values():
+            if late.old or late.young:
+                late.old.difference_update(entries.tolist())
+                late.young.difference_update(entries.tolist())

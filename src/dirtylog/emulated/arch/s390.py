@@ -15,7 +15,8 @@ PGSTE 0x8000         UC, user change: **the log**. Set when the page gets write 
 
 Segment table (2048 entries): origin, 0x20 invalid, 0x1 present; with 0x400 the entry is a block of 1 MiB, 0x200 protects it,
 and 0x8000, 0x4000, 0x2000, 0x1000 are software's write, read, dirty, young. Region-third entries (2048) add 0x4 (type) and 0x3
-(length).
+(length). An empty entry of either table is 0x20 here; the kernel writes an empty region-third entry as 0x24, and the hardware looks
+at nothing but 0x20.
 
 The log is read by testing and clearing UC, protecting the pages that had it, and flushing. (KVM walks every segment of a slot,
 256 PGSTEs at a time; here the faults leave a list of where to look, so that a sync costs what is dirty.) These are the
