@@ -6,7 +6,8 @@ import statistics
 import time
 
 from dirtylog.dirty_log import DirtyLog
-from dirtylog.emulated.guest import RAM_SLOT, make_guest
+from dirtylog.emulated.guest import make_guest
+from dirtylog.guests.machine import RAM_SLOT
 from report import Section, Spread
 
 _NBYTES = 1 << 26

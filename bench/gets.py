@@ -10,8 +10,9 @@ import numpy as np
 
 from dirtylog.dirty_log import DirtyLog
 from dirtylog.emulated.arch import PORTS
-from dirtylog.emulated.guest import RAM_SLOT, make_guest
+from dirtylog.emulated.guest import make_guest
 from dirtylog.emulated.port import PAGE_SIZE
+from dirtylog.guests.machine import RAM_SLOT
 from dirtylog.words import words_of_pages
 from null import NullMemory
 from report import Section, Spread, Target

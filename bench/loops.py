@@ -13,19 +13,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dirtylog.emulated.arch import PORTS
-from dirtylog.emulated.cpu import CpuExit
 from dirtylog.emulated.cpu_trace import TraceCpu, trace_of
 from dirtylog.emulated.cpu_unicorn import UnicornCpu
-from dirtylog.emulated.guest import RAM_SLOT, ROM_SLOT, store_loop
 from dirtylog.emulated.isa import ISAS
 from dirtylog.emulated.machine import EmulatedMemory
 from dirtylog.emulated.port import PAGE_SIZE
 from dirtylog.emulated.ram import Ram
+from dirtylog.guests.cpu import CpuExit
+from dirtylog.guests.machine import RAM_SLOT, ROM_SLOT
+from dirtylog.guests.programs import store_loop
 from dirtylog.memslot import SlotFlags
 
 if TYPE_CHECKING:
     from dirtylog.emulated.isa import Isa
-    from dirtylog.emulated.programs import Pattern
+    from dirtylog.guests.programs import Pattern
 
 
 # Through importlib for its type checks: the package re-exports its names in a way that strict mypy does not follow.
@@ -62,7 +63,7 @@ class LoggedLoop:
         isa = ISAS.get(self.memory.port.isa)
         if isa is not None:
             self.memory.add_slot(ROM_SLOT, npages, 1, SlotFlags.READONLY)
-            self.memory.load(self._entry, store_loop(isa))
+            self.memory.load(self._entry, store_loop(isa.name))
         self._cpu: _UnicornAgain | _TraceAgain
         self.memory.add_vcpu(partial(self._make_cpu, arch, isa))
 
@@ -121,7 +122,7 @@ class BareLoop:
         self.virtual_tlb = virtual_tlb
         self._ram = Ram(0, npages)
         self._rom = Ram(npages * PAGE_SIZE, 1)
-        program = store_loop(isa)
+        program = store_loop(isa.name)
         self._rom.view[: len(program)] = program
         for ram in (self._ram, self._rom):
             # Safe: this object holds both mappings for as long as it holds the Uc, and this is their whole length.

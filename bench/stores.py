@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dirtylog.dirty_log import DirtyLog
 from dirtylog.emulated.arch import PORTS
 from dirtylog.emulated.isa import ISAS
-from dirtylog.emulated.programs import Pattern
+from dirtylog.guests.programs import Pattern
 from loops import BareLoop, LoggedLoop, UnicornError
 from report import Section, Spread, Target, alternate
 

@@ -15,7 +15,8 @@ import pytest
 
 from dirtylog import DirtyLog, UnsupportedError
 from dirtylog.emulated.arch import PORTS
-from dirtylog.emulated.guest import RAM_SLOT, make_guest
+from dirtylog.emulated.guest import make_guest
+from dirtylog.guests.machine import RAM_SLOT
 from dirtylog.port import ProtectPort
 
 if TYPE_CHECKING:

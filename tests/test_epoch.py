@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from dirtylog.epoch import Consumer
     from dirtylog.memory import Memory
-    from dirtylog.words import DirtyWords
 
 NPAGES = {0: 130, 1: 64, 2: 7}
 """The slots of these tests."""
@@ -409,8 +408,8 @@ def test_get_into_a_bitmap_replaces_what_was_there_also_when_consumers_drained_t
 
 def test_a_get_that_fails_takes_from_nobody() -> None:
     class Broken(DirtyBitmap):
-        def assign(self, words: DirtyWords) -> None:
-            raise MemoryError(words)
+        def assign(self, other: DirtyBitmap) -> None:
+            raise MemoryError(other)
 
     memory = make_memory()
     with DirtyLog(memory) as log:
@@ -650,7 +649,7 @@ def test_a_slot_is_not_replaced_in_the_middle_of(read: str, monkeypatch: pytest.
                 write(memory, 1, [199])
                 memory.slots.lock.release()
 
-        def take_late(memory: Memory, slot: int, copy: Callable[[DirtyWords], None]) -> None:
+        def take_late(memory: Memory, slot: int, copy: Callable[[DirtyBitmap], None]) -> None:
             other_thread.submit(replace_slot).result()
             take_from_port(memory, slot, copy)
 

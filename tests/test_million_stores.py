@@ -7,9 +7,10 @@ import pytest
 
 from dirtylog import DirtyLog
 from dirtylog.emulated.arch import PORTS
-from dirtylog.emulated.guest import RAM_SLOT, make_guest
+from dirtylog.emulated.guest import make_guest
 from dirtylog.emulated.isa import ISAS
-from dirtylog.emulated.programs import Pattern
+from dirtylog.guests.machine import RAM_SLOT
+from dirtylog.guests.programs import Pattern
 
 STORES = 500_000
 PAGES = 2048

@@ -39,8 +39,8 @@ def real_get(scene: Scene, middle: Middle) -> DirtyBitmap:
     """The generic function that goes with the port; the middle comes when the snapshot is copied, before the flush."""
     result = DirtyBitmap(scene.slot.npages)
 
-    def copy(words: DirtyWords) -> None:
-        result.assign(words)
+    def copy(snapshot: DirtyBitmap) -> None:
+        result.assign(snapshot)
         middle()
 
     get = get_dirty_log_protect if isinstance(scene.memory.port, ProtectPort) else get_dirty_log
@@ -99,7 +99,7 @@ def protect_before_clear(scene: Scene, middle: Middle) -> DirtyBitmap:
         with port.mmu_lock:
             bitmap.exchange()
             bitmap.commit()
-        result.assign(words)
+        result.set_words(words)
         port.flush_tlbs(scene.slot)
     return result
 
@@ -119,7 +119,7 @@ def copy_then_wipe(scene: Scene, middle: Middle) -> DirtyBitmap:
             bitmap.commit()
             if isinstance(port, ProtectPort):
                 port.enable_log_dirty(scene.slot, words)
-        result.assign(words)
+        result.set_words(words)
         port.flush_tlbs(scene.slot)
     return result
 
@@ -131,7 +131,7 @@ def never_protect(scene: Scene, middle: Middle) -> DirtyBitmap:
     result = DirtyBitmap(scene.slot.npages)
     port.sync_dirty_log(scene.slot)
     with port.mmu_lock:
-        result.assign(bitmap.exchange())
+        result.set_words(bitmap.exchange())
         bitmap.commit()
     middle()
     port.flush_tlbs(scene.slot)

@@ -9,9 +9,10 @@ import pytest
 
 from dirtylog import DirtyLog, DirtyLogError, GuestFaultError, InvalidArgumentError
 from dirtylog.emulated.arch import PORTS
-from dirtylog.emulated.guest import RAM_SLOT, ROM_SLOT, make_guest
-from dirtylog.emulated.programs import Pattern
-from dirtylog.emulated.vcpu import VcpuState
+from dirtylog.emulated.guest import make_guest
+from dirtylog.guests.machine import RAM_SLOT, ROM_SLOT
+from dirtylog.guests.programs import Pattern
+from dirtylog.guests.vcpu import VcpuState
 
 NPAGES = 64
 

@@ -2,7 +2,6 @@
 
 from dirtylog.bitmap import DirtyBitmap
 from dirtylog.dirty_log import DirtyLog
-from dirtylog.emulated.guest import Image
 from dirtylog.epoch import Consumer, Epoch
 from dirtylog.errors import (
     AccessDeniedError,
@@ -17,6 +16,7 @@ from dirtylog.errors import (
     TargetGoneError,
     UnsupportedError,
 )
+from dirtylog.guests.image import Image
 from dirtylog.memory import Memory
 from dirtylog.memslot import MemorySlot, SlotFlags, SlotTable
 from dirtylog.port import Exactness, Port, ProtectPort, SyncPort

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _WORD_BYTES = 8
 _ONE = np.uint64(1)
 _TOP = np.uint64(63)
+_NOTHING = DirtyWords(np.empty(0, np.int64), np.empty(0, np.uint64))
+# A bitmap keeps only its non-zero words while they are fewer than one in so many.
+_SPARSE = 8
 
 
 class DirtyBitmap:
@@ -43,7 +46,7 @@ class DirtyBitmap:
             raise InvalidArgumentError(f"a bitmap of {npages} pages: the length must not be negative")
         self.npages = npages
         self._words: NDArray[np.uint64] | None = None
-        self._sparse = DirtyWords(np.empty(0, np.int64), np.empty(0, np.uint64))
+        self._sparse = _NOTHING
 
     # --- construction and conversion
 
@@ -59,6 +62,16 @@ class DirtyBitmap:
         """Return a bitmap with these non-zero words. The arrays are kept, not copied: give them away."""
         bitmap = cls(npages)
         bitmap._sparse = words
+        return bitmap
+
+    @classmethod
+    def over(cls, npages: int, words: NDArray[np.uint64]) -> Self:
+        """Return a bitmap over all its words, uint64[ceil(npages / 64)], which are not copied unless few of them are not zero."""
+        bitmap = cls(npages)
+        if np.count_nonzero(words) * _SPARSE >= len(words):
+            bitmap._words = words
+        else:
+            bitmap._sparse = _nonzero_of(words)
         return bitmap
 
     @classmethod
@@ -113,9 +126,7 @@ class DirtyBitmap:
         """Return the non-zero words. Do not write to the arrays: they may be the bitmap's own."""
         if self._words is None:
             return self._sparse
-        # Comparing first is three times as fast as flatnonzero on integers.
-        index = np.flatnonzero(self._words != 0)
-        return DirtyWords(index, self._words[index])
+        return _nonzero_of(self._words)
 
     # --- questions
 
@@ -198,21 +209,27 @@ class DirtyBitmap:
             values[np.searchsorted(index, words.offsets)] |= words.values
             self._sparse = DirtyWords(index, values)
 
-    def assign(self, words: DirtyWords) -> None:
-        """Make ``words`` the whole content. They are copied; where :attr:`words` is laid out, it is written in place."""
-        if self._words is not None:
-            self._words[:] = 0
-            self._words[words.offsets] = words.values
-        else:
-            self._sparse = DirtyWords(words.offsets.copy(), words.values.copy())
+    def assign(self, other: DirtyBitmap) -> None:
+        """Become equal to ``other``, of the same length. Where :attr:`words` is laid out, it is written in place."""
+        if other is not self:
+            self.clear()
+            self |= other
 
     def clear(self) -> None:
         """Unset every page."""
-        self.assign(DirtyWords(np.empty(0, np.int64), np.empty(0, np.uint64)))
+        self._sparse = _NOTHING
+        if self._words is not None:
+            self._words[:] = 0
 
     def __ior__(self, other: DirtyBitmap) -> Self:
         self._check_length(other)
-        self.set_words(other.nonzero_words())
+        if other._words is None:
+            self.set_words(other._sparse)
+        elif self._words is not None:
+            self._words |= other._words
+        else:
+            mine, self._words = self._sparse, other._words.copy()
+            self._words[mine.offsets] |= mine.values
         return self
 
     def __or__(self, other: DirtyBitmap) -> DirtyBitmap:
@@ -265,6 +282,12 @@ def checked_pages(pages: ArrayLike | Iterable[int], npages: int) -> NDArray[np.i
     if low < 0 or high >= npages:
         raise InvalidArgumentError(f"page {low if low < 0 else high} is out of range: the pages are 0 to {npages - 1}")
     return array.astype(np.int64, copy=False)
+
+
+def _nonzero_of(words: NDArray[np.uint64]) -> DirtyWords:
+    # Comparing first is three times as fast as flatnonzero on integers.
+    index = np.flatnonzero(words != 0)
+    return DirtyWords(index, words[index])
 
 
 def _nonzero(index: NDArray[np.int64], values: NDArray[np.uint64]) -> DirtyWords:

@@ -11,20 +11,23 @@ from dirtylog.epoch import Consumer, PendingPages
 from dirtylog.errors import InvalidArgumentError, UnsupportedError
 from dirtylog.log import (
     clear_dirty_log_protect,
+    fetch_dirty_log,
     get_dirty_log,
     get_dirty_log_protect,
     read_dirty_log,
     start_logging,
     stop_logging,
 )
-from dirtylog.port import ProtectPort
+from dirtylog.port import KernelPort, ProtectPort
 from dirtylog.words import PAGES_PER_WORD, DirtyWords
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from dirtylog.memory import Memory
     from dirtylog.memslot import MemorySlot
+    from dirtylog.port import Port
 
 
 class DirtyLog:
@@ -54,7 +57,7 @@ class DirtyLog:
         # Pages that were taken from the port and get has not returned yet.
         self._unread = PendingPages()
         self._stopped = False
-        self._take = get_dirty_log_protect if isinstance(memory.port, ProtectPort) else get_dirty_log
+        self._take = _generic_get(memory.port)
 
     def start(self) -> None:
         """Begin to log every slot. Consumers from before a :meth:`stop` find all pages dirty: nobody saw what was written since."""
@@ -101,27 +104,16 @@ class DirtyLog:
         """
         with self._lock, self.memory.slots.lock:
             memslot, _ = self.memory.slots.logged(slot)
-            result = DirtyBitmap(memslot.npages) if out is None else out
-            if result.npages != memslot.npages:
-                raise InvalidArgumentError(
-                    f"a bitmap of {result.npages} pages for slot {slot}, which has {memslot.npages}", slot=slot
-                )
-            unread = self._unread[memslot]
-
-            def read(words: DirtyWords) -> None:
-                result.assign(unread.nonzero_words())
-                result.set_words(words)
-
-            def take(words: DirtyWords) -> None:
-                self._deliver(memslot, words)
-                result.assign(unread.nonzero_words())
-
+            if out is not None and out.npages != memslot.npages:
+                raise InvalidArgumentError(f"a bitmap of {out.npages} pages for slot {slot}, which has {memslot.npages}", slot=slot)
             if self.manual_protect:
-                read_dirty_log(self.memory, slot, read)
-            else:
-                self._take(self.memory, slot, take)
-                unread.clear()  # last: until here an interrupt leaves the pages to the next get
-            return result
+                result = DirtyBitmap(memslot.npages) if out is None else out
+                read_dirty_log(self.memory, slot, partial(self._read, memslot, result))
+                return result
+            self._take(self.memory, slot, partial(self._deliver, memslot, out=out))
+            # Last: until here an interrupt leaves the pages to the next get.
+            unread = self._unread.pop(memslot)
+            return unread if out is None else out
 
     def clear(self, slot: int, first_page: int, mask: DirtyBitmap) -> None:
         """Clear and re-arm the pages of ``mask``, whose page 0 is the slot's ``first_page``: manual protect's second half.
@@ -132,15 +124,15 @@ class DirtyLog:
         with self._lock, self.memory.slots.lock:
             memslot, _ = self.memory.slots.logged(slot)
 
-            def deliver(words: DirtyWords) -> None:
+            def deliver(cleared: DirtyBitmap) -> None:
                 for consumer in self._consumers.values():
-                    consumer.pending.add(memslot, words)
+                    consumer.pending.add(memslot, cleared)
 
             clear_dirty_log_protect(self.memory, slot, first_page, mask, deliver)
             index, values = mask.nonzero_words()
             taken = DirtyBitmap.from_words(memslot.npages, DirtyWords(index + first_page // PAGES_PER_WORD, values))
             unread = self._unread[memslot]
-            unread.assign((unread - taken).nonzero_words())
+            unread.assign(unread - taken)
 
     def consumer(self, name: str) -> Consumer:
         """Return the consumer of this name, made at the first call."""
@@ -160,11 +152,18 @@ class DirtyLog:
             for slot in logged:
                 self._take(self.memory, slot.id, partial(self._deliver, slot))
 
-    def _deliver(self, slot: MemorySlot, words: DirtyWords) -> None:
-        """Give pages taken from the port to everybody: to get, and to every consumer."""
-        self._unread[slot].set_words(words)
+    def _read(self, slot: MemorySlot, result: DirtyBitmap, snapshot: DirtyBitmap) -> None:
+        result.assign(self._unread[slot])
+        result |= snapshot
+
+    def _deliver(self, slot: MemorySlot, snapshot: DirtyBitmap, out: DirtyBitmap | None = None) -> None:
+        """Give pages taken from the port to everybody: to get, and to every consumer; and copy what get has to ``out``."""
+        unread = self._unread[slot]
+        unread |= snapshot
         for consumer in self._consumers.values():
-            consumer.pending.add(slot, words)
+            consumer.pending.add(slot, snapshot)
+        if out is not None:
+            out.assign(unread)
 
     def _logged(self) -> list[MemorySlot]:
         return [slot for slot in self.memory.slots if slot.dirty_bitmap is not None]
@@ -175,3 +174,10 @@ class DirtyLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
+
+
+def _generic_get(port: Port) -> Callable[[Memory, int, Callable[[DirtyBitmap], None]], None]:
+    """Return the generic function that takes a slot's dirty pages through this kind of port."""
+    if isinstance(port, KernelPort):
+        return fetch_dirty_log
+    return get_dirty_log_protect if isinstance(port, ProtectPort) else get_dirty_log

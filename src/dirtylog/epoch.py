@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from dirtylog.memslot import MemorySlot
-    from dirtylog.words import DirtyWords
 
 
 class PendingPages:
@@ -45,10 +44,14 @@ class PendingPages:
         kept = set(slots)
         self._pending = {slot: pages for slot, pages in self._pending.items() if slot in kept}
 
-    def add(self, slot: MemorySlot, words: DirtyWords) -> None:
+    def pop(self, slot: MemorySlot) -> DirtyBitmap:
+        """Hand the pending pages of one slot over."""
+        return self._pending.pop(slot)
+
+    def add(self, slot: MemorySlot, pages: DirtyBitmap) -> None:
         """Add pages of a slot. Of a slot never met every page counts as written: all its contents are news."""
         if slot in self._pending:
-            self._pending[slot].set_words(words)
+            self._pending[slot] |= pages
         else:
             everything = DirtyBitmap(slot.npages)
             everything.set_range(0, slot.npages)

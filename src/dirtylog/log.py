@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import errno
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
+from dirtylog.bitmap import DirtyBitmap
 from dirtylog.errors import CopyFaultError, InvalidArgumentError, UnsupportedError
 from dirtylog.memslot import SlotFlags
-from dirtylog.port import ProtectPort
+from dirtylog.port import KernelPort, ProtectPort, SyncPort
 from dirtylog.slotbitmap import SlotBitmap
 from dirtylog.words import PAGES_PER_WORD, DirtyWords
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from dirtylog.bitmap import DirtyBitmap
     from dirtylog.memory import Memory
     from dirtylog.memslot import MemorySlot
     from dirtylog.port import Port
 
 
-def get_dirty_log_protect(memory: Memory, slot_id: int, copy: Callable[[DirtyWords], None]) -> None:
+def get_dirty_log_protect(memory: Memory, slot_id: int, copy: Callable[[DirtyBitmap], None]) -> None:
     """Get and clear the dirty log of a slot, for a port that logs a page by protecting it.
 
-    ``copy`` receives the dirty words and must copy what it keeps. If it raises, nothing is lost: the snapshot is merged
+    ``copy`` receives the dirty pages and must copy what it keeps. If it raises, nothing is lost: the snapshot is merged
     into the bitmap again, the TLBs are flushed all the same, and the error is a :class:`CopyFaultError`.
 
     Why this order. *1 before 2*: a write that faults between them finds its page not yet protected or sets the bit again;
@@ -48,17 +49,18 @@ def get_dirty_log_protect(memory: Memory, slot_id: int, copy: Callable[[DirtyWor
             with port.mmu_lock:
                 words = bitmap.exchange()  # 1. take a snapshot and clear it
                 port.enable_log_dirty(slot, words)  # 2. write-protect those pages
-            _copy_to_caller(slot, words, copy)  # 3. copy the snapshot
+            _copy_to_caller(slot, DirtyBitmap.from_words(slot.npages, words), copy)  # 3. copy the snapshot
             if words:
                 port.flush_tlbs(slot)  # 4. flush TLBs
 
 
-def get_dirty_log(memory: Memory, slot_id: int, copy: Callable[[DirtyWords], None]) -> None:
+def get_dirty_log(memory: Memory, slot_id: int, copy: Callable[[DirtyBitmap], None]) -> None:
     """Get and clear the dirty log of a slot, for a port whose hardware or log area already holds the answer.
 
     The sync re-arms the pages that it moves into the bitmap; the rest is as in :func:`get_dirty_log_protect`.
     """
     port, slots = memory.port, memory.slots
+    assert isinstance(port, SyncPort)  # noqa: S101 - as above
     with slots.lock:
         slot, bitmap = slots.logged(slot_id)
         _check_has_bitmap(port, slot)
@@ -66,25 +68,41 @@ def get_dirty_log(memory: Memory, slot_id: int, copy: Callable[[DirtyWords], Non
             port.sync_dirty_log(slot)
             with port.mmu_lock:
                 words = bitmap.exchange()
-            _copy_to_caller(slot, words, copy)
+            _copy_to_caller(slot, DirtyBitmap.from_words(slot.npages, words), copy)
             if words:
                 port.flush_tlbs(slot)
 
 
-def read_dirty_log(memory: Memory, slot_id: int, copy: Callable[[DirtyWords], None]) -> None:
+def fetch_dirty_log(memory: Memory, slot_id: int, copy: Callable[[DirtyBitmap], None]) -> None:
+    """Get and clear the dirty log of a slot, for a port behind which a kernel keeps the bitmap and runs the four steps itself.
+
+    What it hands over lies in the slot's snapshot until it has been copied; what this process marked is added to it.
+    """
+    port, slots = memory.port, memory.slots
+    assert isinstance(port, KernelPort)  # noqa: S101 - as above
+    with slots.lock:
+        slot, bitmap = slots.logged(slot_id)
+        with _nothing_lost(port, slot, bitmap):
+            with port.mmu_lock:
+                snapshot = bitmap.receive(partial(port.fetch_dirty_log, slot))
+            _copy_to_caller(slot, snapshot, copy)
+
+
+def read_dirty_log(memory: Memory, slot_id: int, copy: Callable[[DirtyBitmap], None]) -> None:
     """Get the dirty log of a slot and change nothing: the get of manual protect."""
     port, slots = memory.port, memory.slots
+    assert isinstance(port, ProtectPort)  # noqa: S101 - as above
     with slots.lock:
         slot, bitmap = slots.logged(slot_id)
         _check_has_bitmap(port, slot)
         port.sync_dirty_log(slot)
         with port.mmu_lock:
             words = bitmap.read()
-        _copy_to_caller(slot, words, copy)
+        _copy_to_caller(slot, DirtyBitmap.from_words(slot.npages, words), copy)
 
 
 def clear_dirty_log_protect(
-    memory: Memory, slot_id: int, first_page: int, mask: DirtyBitmap, copy: Callable[[DirtyWords], None]
+    memory: Memory, slot_id: int, first_page: int, mask: DirtyBitmap, copy: Callable[[DirtyBitmap], None]
 ) -> None:
     """Clear and re-protect the pages of ``mask``, whose page 0 is the slot's ``first_page`` (KVM_CLEAR_DIRTY_LOG).
 
@@ -106,7 +124,7 @@ def clear_dirty_log_protect(
             with port.mmu_lock:
                 words = bitmap.exchange_masked(DirtyWords(index + first_page // PAGES_PER_WORD, values))
                 port.enable_log_dirty(slot, words)
-            _copy_to_caller(slot, words, copy)
+            _copy_to_caller(slot, DirtyBitmap.from_words(slot.npages, words), copy)
             if words:
                 port.flush_tlbs(slot)
 
@@ -123,7 +141,9 @@ def start_logging(memory: Memory, slot_id: int, *, initially_all_set: bool = Fal
         with port.mmu_lock:
             slot.dirty_bitmap = bitmap
             slot.flags |= SlotFlags.LOG_DIRTY_PAGES
-            if not initially_all_set:
+            if initially_all_set and isinstance(port, ProtectPort):
+                port.start_logging_all_set(slot)
+            else:
                 port.start_logging(slot)
         port.flush_tlbs(slot)
 
@@ -155,9 +175,9 @@ def _nothing_lost(port: Port, slot: MemorySlot, bitmap: SlotBitmap) -> Iterator[
     bitmap.commit()
 
 
-def _copy_to_caller(slot: MemorySlot, words: DirtyWords, copy: Callable[[DirtyWords], None]) -> None:
+def _copy_to_caller(slot: MemorySlot, snapshot: DirtyBitmap, copy: Callable[[DirtyBitmap], None]) -> None:
     try:
-        copy(words)
+        copy(snapshot)
     except Exception as error:
         raise CopyFaultError(
             f"the dirty log of slot {slot.id} could not be copied to the caller",

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from dirtylog.memslot import SlotTable
-    from dirtylog.port import Exactness, ProtectPort, SyncPort
+    from dirtylog.port import Exactness, KernelPort, ProtectPort, SyncPort
 
 
 class Memory(Protocol):
@@ -23,7 +23,7 @@ class Memory(Protocol):
         """The slots, and slots_lock."""
 
     @property
-    def port(self) -> ProtectPort | SyncPort:
+    def port(self) -> ProtectPort | SyncPort | KernelPort:
         """How this memory logs."""
 
     @property

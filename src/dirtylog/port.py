@@ -1,7 +1,8 @@
 """The hooks that a source of writes gives to the generic dirty log: the part that really differs.
 
 A port derives from :class:`ProtectPort` when a page is logged by taking its write permission (or its hardware dirty bit)
-away, and from :class:`SyncPort` when hardware or a log area already holds the answer. The hooks are abstract: a port that
+away, from :class:`SyncPort` when hardware or a log area already holds the answer, and from :class:`KernelPort` when a kernel
+keeps the bitmap and does it all. The hooks are abstract: a port that
 lacks one cannot be constructed, which is where a missing Kconfig symbol would stop a kernel build.
 """
 
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from dirtylog.memslot import MemorySlot
     from dirtylog.words import DirtyWords
@@ -64,6 +68,9 @@ class Port(ABC):
 class ProtectPort(Port):
     """A port whose pages are logged by protecting them: it goes with ``get_dirty_log_protect``."""
 
+    def start_logging_all_set(self, slot: MemorySlot) -> None:
+        """Begin to log a slot whose bits are all set: none has to be protected before it is cleared. Else as above."""
+
     def sync_dirty_log(self, slot: MemorySlot) -> None:
         """Move what a hardware buffer holds into the slot's bitmap. Called without mmu_lock. Most ports have no such buffer."""
 
@@ -81,3 +88,20 @@ class SyncPort(Port):
     @abstractmethod
     def sync_dirty_log(self, slot: MemorySlot) -> None:
         """Move what was logged for this slot into its bitmap, and re-arm those pages. Called without mmu_lock; a flush follows."""
+
+
+class KernelPort(Port):
+    """A port behind which a kernel keeps the dirty bitmap and runs the four steps: it goes with ``fetch_dirty_log``.
+
+    The slot's own bitmap has only what this process marks itself.
+    """
+
+    @abstractmethod
+    def fetch_dirty_log(self, slot: MemorySlot, words: NDArray[np.uint64]) -> None:
+        """Overwrite ``words``, all of the slot's bitmap, with the dirty pages, which are clear and armed again on return.
+
+        Called with mmu_lock held; no flush follows. On an error nothing was taken.
+        """
+
+    def flush_tlbs(self, slot: MemorySlot) -> None:
+        """Do nothing: the kernel flushes before its calls return."""

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
+from dirtylog.bitmap import DirtyBitmap
 from dirtylog.words import DirtyWords, word_count, words_of_range
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+_WHOLE = slice(None)
 
 
 class SlotBitmap:
@@ -26,7 +36,9 @@ class SlotBitmap:
         self._current = storage[:nwords]
         self._snapshot = storage[nwords:]
         self._flags = np.zeros(nwords, np.bool_)
-        self._taken: np.ndarray[tuple[int], np.dtype[np.int64]] | None = None
+        # Where the words of the snapshot belong: their numbers, or _WHOLE when it has every word. None: no snapshot.
+        self._taken: NDArray[np.int64] | slice | None = None
+        self._npages = npages
         # A memoryview reads and writes one word several times as fast as NumPy: this is the miss handler's way in.
         self._current_view = self._current.data
         self._flags_view = self._flags.data
@@ -74,11 +86,34 @@ class SlotBitmap:
         self._flags[index] = self._current[index] != 0
         return DirtyWords(index, snapshot)
 
+    def receive(self, fetch: Callable[[NDArray[np.uint64]], None]) -> DirtyBitmap:
+        """Let ``fetch`` write a whole bitmap straight into the snapshot, and add what is marked here. Good until :meth:`commit`.
+
+        For a port behind which a kernel keeps the bitmap: here are only the marks of this process. A fetch that is interrupted
+        may leave bits of the snapshot before it, which are then reported again.
+        """
+        self.give_back()
+        self._taken = _WHOLE
+        fetch(self._snapshot)
+        index = np.flatnonzero(self._flags)
+        if len(index):
+            self._snapshot[index] |= self._current[index]
+            self._current[index] = 0
+            self._flags[index] = False
+        return DirtyBitmap.over(self._npages, self._snapshot)
+
+    def merge_all(self, words: NDArray[np.uint64]) -> None:
+        """Set every bit of a whole bitmap."""
+        self._current |= words
+        np.not_equal(self._current, 0, out=self._flags)
+
     def give_back(self) -> None:
         """Merge a snapshot that was not committed into the current bitmap again."""
-        if self._taken is not None:
+        if isinstance(self._taken, slice):
+            self.merge_all(self._snapshot)
+        elif self._taken is not None:
             self.merge(DirtyWords(self._taken, self._snapshot[: len(self._taken)]))
-            self._taken = None
+        self._taken = None
 
     def commit(self) -> None:
         """Forget the snapshot: it has been delivered."""

@@ -9,8 +9,8 @@ from dirtylog.errors import InvalidArgumentError
 from dirtylog.size import parse_size
 
 if TYPE_CHECKING:
-    from dirtylog.emulated.guest import Image
     from dirtylog.emulated.machine import EmulatedMemory
+    from dirtylog.guests.image import Image
 
 DEFAULT_SIZE = "64MiB"
 DEFAULT_PROGRAM = "sweep"

@@ -13,8 +13,9 @@ from dirtylog.cli.command import Command
 from dirtylog.cli.exits import ExitCode
 from dirtylog.dirty_log import DirtyLog
 from dirtylog.emulated.arch import PORTS
-from dirtylog.emulated.guest import RAM_SLOT, make_guest
+from dirtylog.emulated.guest import make_guest
 from dirtylog.errors import UnsupportedError
+from dirtylog.guests.machine import RAM_SLOT
 from dirtylog.observe.heatmap import HeatMap
 from dirtylog.observe.rounds import rounds
 

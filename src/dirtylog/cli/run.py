@@ -11,9 +11,9 @@ from dirtylog.cli import arguments
 from dirtylog.cli.command import Command
 from dirtylog.cli.exits import ExitCode, exit_code_of
 from dirtylog.dirty_log import DirtyLog
-from dirtylog.emulated.guest import Image
-from dirtylog.emulated.programs import PROGRAMS
 from dirtylog.errors import DirtyLogError, InvalidArgumentError
+from dirtylog.guests.image import Image
+from dirtylog.guests.programs import PROGRAMS
 from dirtylog.observe.heatmap import HeatMap
 from dirtylog.observe.rounds import rounds
 from dirtylog.size import format_size

@@ -9,15 +9,15 @@ import struct
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from dirtylog.emulated.cpu import CpuExit
 from dirtylog.emulated.port import PAGE_SHIFT
 from dirtylog.errors import GuestFaultError
+from dirtylog.guests.cpu import CpuExit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from dirtylog.emulated.cpu import Translate
-    from dirtylog.emulated.programs import Pattern
+    from dirtylog.emulated.port import Translate
+    from dirtylog.guests.programs import Pattern
 
 _WORD = struct.Struct("<Q")
 # A thread of pure Python keeps the GIL from others for 5 ms at a time; this one lets it go after so many accesses.

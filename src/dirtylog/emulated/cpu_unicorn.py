@@ -19,15 +19,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dirtylog.emulated.cpu import CpuExit
 from dirtylog.emulated.port import PAGE_SHIFT, PAGE_SIZE
 from dirtylog.errors import GuestFaultError, UnsupportedError
+from dirtylog.guests.cpu import CpuExit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from dirtylog.emulated.cpu import Translate
     from dirtylog.emulated.isa import Isa
+    from dirtylog.emulated.port import Translate
 
 _UNICORN_REMEDY = "install it: pip install 'dirtylog[emu]'"
 

@@ -2,57 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.resources
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dirtylog.emulated.arch import PORTS
 from dirtylog.emulated.cpu_trace import TraceCpu, trace_of
 from dirtylog.emulated.cpu_unicorn import UnicornCpu
 from dirtylog.emulated.isa import ISAS
-from dirtylog.emulated.machine import MAX_VCPUS, EmulatedMemory
+from dirtylog.emulated.machine import EmulatedMemory
 from dirtylog.emulated.port import PAGE_SIZE
-from dirtylog.emulated.programs import Pattern, patterns
 from dirtylog.errors import InvalidArgumentError, UnsupportedError
+from dirtylog.guests.machine import MAX_VCPUS, RAM_SLOT, ROM_SLOT
+from dirtylog.guests.programs import Pattern, patterns, store_loop
 from dirtylog.memslot import MEM_MAX_NR_PAGES, SlotFlags
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dirtylog.emulated.cpu import Cpu
     from dirtylog.emulated.isa import Isa
+    from dirtylog.guests.cpu import Cpu
+    from dirtylog.guests.image import Image
 
-RAM_SLOT = 0
-ROM_SLOT = 1
 _ROM_ALIGNMENT_PAGES = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """A user's raw program: ``data`` is loaded at guest-physical address ``load`` and entered at ``entry``.
-
-    The vCPU halts when it reaches ``halt``; with None only an instruction that ends emulation, such as x86's hlt, halts it.
-    Every vCPU enters at the same address; the first register of the store loop's list holds its index, the others 0.
-
-    A limit of Unicorn: a vCPU that is stopped for a get or a pause may execute the instruction that it was stopped at again.
-    Loads and stores bear that; one instruction that reads and writes the same memory (x86's inc, xadd) may happen twice.
-    """
-
-    data: bytes
-    load: int = 0
-    entry: int | None = None
-    halt: int | None = None
-
-    @classmethod
-    def read(cls, path: str | Path, *, load: int = 0, entry: int | None = None, halt: int | None = None) -> Image:
-        """Return the image in a file; :class:`InvalidArgumentError` if it cannot be read."""
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise InvalidArgumentError(f"cannot read the image {str(path)!r}", reason=error.strerror) from error
-        return cls(data, load, entry, halt)
 
 
 def check_size(arch: str, nbytes: int) -> int:
@@ -94,21 +65,17 @@ def make_guest(
             raise UnsupportedError(f"{arch} guests run on the trace CPU, which runs no images")
         make = partial(_trace_cpu, memory, arch, loops)
     elif image is not None:
-        memory.load(image.load, image.data)
+        image.check_isa(isa.name)
+        memory.load_segments(image.segments)
         make = partial(_image_cpu, memory, isa, image)
     else:
         rom = -(-npages // _ROM_ALIGNMENT_PAGES) * _ROM_ALIGNMENT_PAGES
         memory.add_slot(ROM_SLOT, rom, 1, SlotFlags.READONLY)
-        memory.load(rom * PAGE_SIZE, store_loop(isa))
+        memory.load(rom * PAGE_SIZE, store_loop(isa.name))
         make = partial(_loop_cpu, memory, isa, rom * PAGE_SIZE, loops)
     for _ in range(vcpus):
         memory.add_vcpu(make)
     return memory
-
-
-def store_loop(isa: Isa) -> bytes:
-    """Return the assembled store loop of an instruction set."""
-    return importlib.resources.files("dirtylog.guests").joinpath(f"{isa.name}.bin").read_bytes()
 
 
 def _trace_cpu(memory: EmulatedMemory, arch: str, loops: Sequence[Pattern], index: int) -> Cpu:
@@ -128,5 +95,6 @@ def _loop_cpu(memory: EmulatedMemory, isa: Isa, rom: int, loops: Sequence[Patter
 
 
 def _image_cpu(memory: EmulatedMemory, isa: Isa, image: Image, index: int) -> Cpu:
-    entry = image.load if image.entry is None else image.entry
-    return UnicornCpu(index, isa, memory.host_ranges(), memory.port.translate, entry=entry, halt=image.halt, registers=(index,))
+    return UnicornCpu(
+        index, isa, memory.host_ranges(), memory.port.translate, entry=image.entry, halt=image.halt, registers=(index,)
+    )

@@ -47,6 +47,12 @@ class TlbOwner(Protocol):
         """Return when the flush of this ticket is done."""
 
 
+class Translate(Protocol):
+    """How a CPU asks for a translation: its vCPU's number, the guest frame number, and whether the access is a store."""
+
+    def __call__(self, vcpu: int, gfn: int, write: bool, /) -> Translation | None: ...  # noqa: FBT001, D102 - the hot path takes no keywords
+
+
 class SoftwarePort(Port):
     """A port of the software machine: it owns the second-stage tables, and answers the vCPUs' TLB misses from them."""
 

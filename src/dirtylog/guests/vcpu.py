@@ -7,13 +7,13 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from dirtylog.emulated.cpu import CpuExit
 from dirtylog.errors import CoverageLostError, DirtyLogError
+from dirtylog.guests.cpu import CpuExit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dirtylog.emulated.cpu import Cpu
+    from dirtylog.guests.cpu import Cpu
 
 # A kick that lands just outside the guest is lost, so it is repeated this often, in seconds, until it is answered.
 _KICK_INTERVAL = 0.0005

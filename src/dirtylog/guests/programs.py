@@ -6,6 +6,7 @@ The loop stores a value to page ``base + page``, adds ``step`` to the value, and
 
 from __future__ import annotations
 
+import importlib.resources
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,6 +87,11 @@ PROGRAMS: dict[str, Callable[[int, int, int, int], Pattern]] = {
     "idle": idle,
 }
 """By name: a function of (first page of the window, pages in it, a power of two, vCPU index, number of vCPUs)."""
+
+
+def store_loop(isa: str) -> bytes:
+    """Return the assembled store loop of an instruction set."""
+    return importlib.resources.files("dirtylog.guests").joinpath(f"{isa}.bin").read_bytes()
 
 
 def patterns(program: str, npages: int, vcpus: int) -> list[Pattern]:
