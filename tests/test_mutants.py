@@ -178,11 +178,11 @@ def mark_the_neighbour(name: str) -> type_of_port:
             slot = self.slots.find(gfn)
             before = DirtyBitmap(slot.npages)
             if slot.dirty_bitmap is not None:
-                before.assign(slot.dirty_bitmap.read())
+                before.set_words(slot.dirty_bitmap.read())
             found = super().translate(vcpu, gfn, write)
             if slot.dirty_bitmap is not None:
                 after = DirtyBitmap(slot.npages)
-                after.assign(slot.dirty_bitmap.read())
+                after.set_words(slot.dirty_bitmap.read())
                 fresh = (after - before).pages()
                 slot.dirty_bitmap.exchange()
                 slot.dirty_bitmap.commit()
