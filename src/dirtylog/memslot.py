@@ -113,6 +113,10 @@ class SlotTable:
             raise LoggingOffError(f"there is no slot {slot_id}; the slots are: {known}", slot=slot_id)
         return slot
 
+    def get(self, slot_id: int) -> MemorySlot | None:
+        """Return the slot, or None. Takes no lock."""
+        return self._slots.get(slot_id)
+
     def logged(self, slot_id: int) -> tuple[MemorySlot, SlotBitmap]:
         """Return a slot that is being logged, and its bitmap; checks the id first, as KVM does."""
         slot = self[slot_id]
@@ -133,7 +137,7 @@ class SlotTable:
     def add(self, slot: MemorySlot) -> None:
         """Add a slot; :class:`BadSlotError` with EEXIST if its id is taken or it overlaps another of its address space."""
         with self.lock:
-            self._check_place(slot, slot.base_gfn)
+            self.check_place(slot, slot.base_gfn)
             if slot.id in self._slots:
                 raise BadSlotError(f"slot {slot.id} exists already; remove it first", errno=errno.EEXIST, slot=slot.id)
             self._slots = {**self._slots, slot.id: slot}
@@ -152,7 +156,7 @@ class SlotTable:
             raise InvalidArgumentError(
                 f"{slot.npages} pages from gfn {base_gfn:#x} do not lie between gfn 0 and {MAX_GFN:#x}", slot=slot_id
             )
-        self._check_place(slot, base_gfn)
+        self.check_place(slot, base_gfn)
         return slot
 
     def find(self, gfn: int, address_space: int = 0) -> MemorySlot | None:
@@ -162,7 +166,8 @@ class SlotTable:
                 return slot
         return None
 
-    def _check_place(self, slot: MemorySlot, base_gfn: int) -> None:
+    def check_place(self, slot: MemorySlot, base_gfn: int) -> None:
+        """Raise :class:`BadSlotError` unless the slot's id is in range, and no other slot lies where it would."""
         self.check_id(slot.id)
         for other in self._slots.values():
             if other is slot or other.address_space != slot.address_space:

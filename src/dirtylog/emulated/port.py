@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from dirtylog.emulated.tables import TABLE_PAGE, TABLES, EntryFormat, RadixTables, gfn_chunks
+from dirtylog.guests.vcpu import FlushTarget, leave_guest
 from dirtylog.port import Port, ProtectPort, SyncPort
 
 if TYPE_CHECKING:
@@ -33,18 +34,12 @@ class PortStats:
     flushes: int = 0
 
 
-class TlbOwner(Protocol):
+class TlbOwner(FlushTarget, Protocol):
     """A vCPU as a port sees it."""
 
     @property
     def in_guest(self) -> bool:
         """Whether guest code may be running on it now."""
-
-    def request_flush(self) -> int | None:
-        """Ask it to flush its TLB; return a ticket to wait for, or None if it will do so before it enters the guest."""
-
-    def wait_flushed(self, ticket: int) -> None:
-        """Return when the flush of this ticket is done."""
 
 
 class Translate(Protocol):
@@ -91,10 +86,7 @@ class SoftwarePort(Port):
     def flush_tlbs(self, slot: MemorySlot) -> None:  # noqa: ARG002 - these TLBs are flushed whole
         """Have every vCPU flush, and return when each has done so or is sure to before it runs guest code."""
         self.stats.flushes += 1
-        tickets = [(vcpu, vcpu.request_flush()) for vcpu in self.vcpus]
-        for vcpu, ticket in tickets:
-            if ticket is not None:
-                vcpu.wait_flushed(ticket)
+        leave_guest(self.vcpus)
 
 
 class SoftwareProtectPort(SoftwarePort, ProtectPort):

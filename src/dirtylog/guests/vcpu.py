@@ -5,13 +5,13 @@ from __future__ import annotations
 import enum
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from dirtylog.errors import CoverageLostError, DirtyLogError
 from dirtylog.guests.cpu import CpuExit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from dirtylog.guests.cpu import Cpu
 
@@ -28,6 +28,24 @@ class VcpuState(enum.Enum):
     HALTED = "halted"
     FAULTED = "faulted"
     CLOSED = "closed"
+
+
+class FlushTarget(Protocol):
+    """What can be asked to leave the guest and flush: a vCPU."""
+
+    def request_flush(self) -> int | None:
+        """Ask it to flush its TLB; return a ticket to wait for, or None if it will do so before it enters the guest."""
+
+    def wait_flushed(self, ticket: int) -> None:
+        """Return when the flush of this ticket is done."""
+
+
+def leave_guest(vcpus: Iterable[FlushTarget]) -> None:
+    """Have every vCPU leave the guest and flush; return when each has done so, or is sure to before it runs guest code."""
+    tickets = [(vcpu, vcpu.request_flush()) for vcpu in vcpus]
+    for vcpu, ticket in tickets:
+        if ticket is not None:
+            vcpu.wait_flushed(ticket)
 
 
 class Vcpu:

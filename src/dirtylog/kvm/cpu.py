@@ -1,0 +1,111 @@
+"""A KVM vCPU as what a vCPU thread runs, and what becomes of its exits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dirtylog.errors import GuestFaultError
+from dirtylog.guests.cpu import CpuExit
+from dirtylog.kvm.exits import (
+    DirtyRingFull,
+    Exit,
+    FailEntry,
+    Halted,
+    InternalError,
+    Interrupted,
+    IoAccess,
+    MmioAccess,
+    Shutdown,
+    SystemEvent,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dirtylog.kvm.arch.architecture import Architecture
+    from dirtylog.kvm.bus import Bus
+    from dirtylog.kvm.vcpu import KvmVcpu
+
+_CANNOT_EMULATE = 1
+
+
+class KvmCpu:
+    """A :class:`~dirtylog.guests.cpu.Cpu` over a :class:`KvmVcpu`.
+
+    ``ring_full`` makes room in the dirty ring. ``exits`` counts how often the guest was left for this process.
+    """
+
+    def __init__(self, vcpu: KvmVcpu, architecture: Architecture, bus: Bus, ring_full: Callable[[int], None]) -> None:
+        self.vcpu = vcpu
+        self.exits = 0
+        self.initial: object = None
+        """The state that a reset sets it to."""
+        self._architecture = architecture
+        self._bus = bus
+        self._ring_full = ring_full
+
+    @property
+    def pc(self) -> int:
+        """Address of the next instruction; not while it runs."""
+        return self._architecture.pc(self.vcpu)
+
+    def run(self) -> CpuExit:
+        """Run the guest and serve its exits until it halts or is stopped."""
+        while True:
+            reason = self.vcpu.run()
+            self.exits += 1
+            match reason:
+                case Interrupted():
+                    return CpuExit.STOPPED
+                case Halted():
+                    return CpuExit.HALTED
+                case DirtyRingFull():
+                    self._ring_full(self.vcpu.index)
+                case IoAccess() | MmioAccess():
+                    self._serve(reason)
+                case _:
+                    raise self._fault(reason)
+
+    def stop(self) -> None:
+        """Make :meth:`run` return at once. A call that comes before it is not lost."""
+        self.vcpu.kick()
+
+    def flush_tlb(self) -> None:
+        """Do nothing: the kernel flushes before its calls return. To have left the guest is what empties hardware buffers."""
+
+    def _serve(self, access: IoAccess | MmioAccess) -> None:
+        answer = self._bus.access(self.vcpu.index, access)
+        if answer is None:
+            raise self._fault(access)
+        if not access.is_write:
+            self.vcpu.answer(access, answer)
+
+    def _fault(self, reason: Exit) -> GuestFaultError:
+        pc = self.pc
+        what = f"vCPU {self.vcpu.index} of the {self._architecture.isa} guest, at pc {pc:#x}: {_words(reason)}"
+        address = reason.address if isinstance(reason, MmioAccess) else None
+        return GuestFaultError(what, pc=pc, address=address, architecture=self._architecture.isa)
+
+
+def _words(reason: Exit) -> str:
+    """Say why a guest cannot go on."""
+    words = f"KVM left the guest for a reason that dirtylog does not serve: {reason}"
+    match reason:
+        case IoAccess():
+            words = f"nothing answers {_verb(reason)} I/O port {reason.port:#x}"
+        case MmioAccess():
+            words = f"no slot permits, and nothing answers, {_verb(reason)} guest address {reason.address:#x}"
+        case Shutdown():
+            words = "a triple fault: the guest faulted and has no handler that works"
+        case FailEntry():
+            words = f"the hardware refuses the state that it was given (reason {reason.reason:#x}, CPU {reason.cpu})"
+        case InternalError(suberror=suberror, data=data):
+            why = "an instruction that KVM cannot emulate" if suberror == _CANNOT_EMULATE else "KVM cannot go on"
+            words = f"{why} (internal error {suberror}, data {[f'{word:#x}' for word in data]})"
+        case SystemEvent():
+            words = f"the guest asks for system event {reason.event}"
+    return words
+
+
+def _verb(access: IoAccess | MmioAccess) -> str:
+    return "a write to" if access.is_write else "a read from"

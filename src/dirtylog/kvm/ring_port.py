@@ -1,0 +1,252 @@
+"""The dirty ring as a port: whoever gets, a collector, and a vCPU that is full, harvest the rings into the slots' bitmaps.
+
+*Harvest, mark and reset are one critical section of mmu_lock.* A get takes marks under mmu_lock too; so it cannot take the mark
+of a page that is harvested but not yet protected again: such a page could be written after the get without being logged.
+Marks come before the flag that gives an entry to the kernel, so whatever ends a harvest early, an entry is marked or still there.
+
+*Before a get harvests, every vCPU leaves the guest once.* Hardware that logs into a buffer of its own (Intel's page-modification
+log) is emptied into the ring only then.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dirtylog.errors import CoverageLostError, InvalidArgumentError, UnsupportedError
+from dirtylog.guests.vcpu import leave_guest
+from dirtylog.kvm import abi
+from dirtylog.kvm.abi import Cap
+from dirtylog.kvm.ports import KvmPort
+from dirtylog.kvm.ring import DirtyRing
+from dirtylog.memslot import SlotFlags
+from dirtylog.port import SyncPort
+from dirtylog.words import word_count, words_of_pages, words_of_range
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from dirtylog.guests.vcpu import Vcpu
+    from dirtylog.kvm.arch.architecture import Architecture
+    from dirtylog.kvm.vcpu import KvmVcpu
+    from dirtylog.kvm.vm import KvmVm
+    from dirtylog.memslot import MemorySlot, SlotTable
+
+MAX_ENTRIES = 65536
+"""KVM_DIRTY_RING_MAX_ENTRIES."""
+
+# The collector harvests from this share of a ring on: so that a vCPU seldom finds its ring full.
+_SHARE = 4
+# Entries a second that one vCPU may make, for how often the collector looks: a first store costs it half a microsecond at least.
+_ENTRIES_PER_SECOND = 2_000_000
+_RESET_TRIES = 3
+_DRAIN_TRIES = 4
+
+
+@dataclass(slots=True)
+class RingStats:
+    """Counters. ``overflows`` are those after which every page was reported, for entries had been lost."""
+
+    harvested: int = 0
+    resets: int = 0
+    full_exits: int = 0
+    overflows: int = 0
+
+
+def choose_ring(check_extension: Callable[[Cap], int], architecture: Architecture) -> tuple[Cap, bool]:
+    """Return the capability that this VM's rings are enabled with, and whether a bitmap goes with them.
+
+    Raises :class:`UnsupportedError` where there are none, or where a ring alone is known to lose pages: without the bitmap,
+    arm64 maps huge pages while it logs and reports one page of each (seen on Linux 6.12 and 7.3).
+    """
+    cap = Cap.DIRTY_LOG_RING_ACQ_REL if check_extension(Cap.DIRTY_LOG_RING_ACQ_REL) else Cap.DIRTY_LOG_RING
+    if not architecture.ring_offset_pages or not check_extension(cap):
+        raise UnsupportedError("this host's KVM has no dirty rings (Linux 5.11 has them, on x86)", remedy="use the bitmap")
+    with_bitmap = bool(check_extension(Cap.DIRTY_LOG_RING_WITH_BITMAP))
+    if architecture.ring_alone_loses_pages and not with_bitmap:
+        raise UnsupportedError(
+            "dirty rings on this architecture lose pages unless a bitmap goes with them",
+            reason="its KVM lacks KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP (Linux 6.2 has it)",
+            remedy="use the bitmap",
+        )
+    return cap, with_bitmap
+
+
+class KvmRingPort(KvmPort, SyncPort):
+    """KVM_CAP_DIRTY_LOG_RING. ``entries`` is the length of each vCPU's ring, a power of two; before any vCPU or slot."""
+
+    name = "kvm-ring"
+    how = "dirty ring, harvested and reset"
+
+    def __init__(
+        self, vm: KvmVm, architecture: Architecture, slots: SlotTable, vcpus: Sequence[Vcpu], *, entries: int = MAX_ENTRIES
+    ) -> None:
+        super().__init__(vm)
+        if entries < 1 or entries & (entries - 1):
+            raise InvalidArgumentError(f"a dirty ring of {entries} entries: it must be a power of two", remedy="such as 4096")
+        cap, self._with_bitmap = choose_ring(vm.check_extension, architecture)
+        vm.enable_dirty_ring(cap, entries * abi.DIRTY_GFN.itemsize)
+        if self._with_bitmap:
+            vm.enable_cap(Cap.DIRTY_LOG_RING_WITH_BITMAP)
+        self.entries = entries
+        self.stats = RingStats()
+        self._offset_pages = architecture.ring_offset_pages
+        self._slots = slots
+        self._vcpus = vcpus
+        self._rings: list[DirtyRing] = []
+        # Whether a collection has begun and not come to its end.
+        self._unfinished = False
+        # By vCPU: how much had been harvested when it last came with a full ring in which there was nothing.
+        self._empty_at: dict[int, int] = {}
+        self._collector: threading.Thread | None = None
+        self._closing = threading.Event()
+        self._failure: BaseException | None = None
+
+    def add_ring(self, vcpu: KvmVcpu) -> None:
+        """Map the ring of a new vCPU."""
+        memory = vcpu.map_ring(self._offset_pages, self.entries * abi.DIRTY_GFN.itemsize)
+        with self.mmu_lock:
+            self._rings.append(DirtyRing(np.frombuffer(memory, abi.DIRTY_GFN)))
+
+    def start_logging(self, slot: MemorySlot) -> None:
+        """Set the slot's flag; the first time, start the collector."""
+        super().start_logging(slot)
+        if self._collector is None and not self._closing.is_set():
+            self._collector = threading.Thread(target=self._collect_for_ever, name="kvm-ring-collector", daemon=True)
+            self._collector.start()
+
+    def stop_logging(self, slot: MemorySlot) -> None:
+        """Clear the slot's flag, and drop what the rings still hold of it."""
+        super().stop_logging(slot)
+        self.collect()
+
+    def sync_dirty_log(self, slot: MemorySlot) -> None:
+        """Harvest every ring into the bitmaps, and have the pages protected again."""
+        if self._failure is not None:
+            raise CoverageLostError("the collector of the dirty rings has failed", reason=str(self._failure)) from self._failure
+        leave_guest(self._vcpus)
+        with self.mmu_lock:
+            self.collect()
+            if self._with_bitmap and slot.dirty_bitmap is not None:
+                # Last: what was written without a running vCPU is there, and the kernel's get takes it.
+                words: NDArray[np.uint64] = np.zeros(word_count(slot.npages), np.uint64)
+                self._vm.get_dirty_log(slot.id, words)
+                slot.dirty_bitmap.merge_all(words)
+
+    def collect(self) -> int:
+        """Harvest every ring, mark, and reset; return how many entries there were. Called with mmu_lock held."""
+        if self._unfinished:
+            self._rewind()
+        self._unfinished = True
+        total = 0
+        for _ in range(_DRAIN_TRIES):
+            harvest = [(ring, ring.waiting()) for ring in self._rings]
+            for _, entries in harvest:
+                self._mark(entries)
+            for ring, entries in harvest:
+                ring.harvest(len(entries))
+            count = sum(len(entries) for _, entries in harvest)
+            whole = self._reset(count)
+            if not whole or any(len(entries) == ring.size for ring, entries in harvest):
+                self._report_everything()
+            self.stats.harvested += count
+            total += count
+            if whole:
+                self._unfinished = False
+                break
+            # The kernel wrote over entries after they were harvested, and stops its reset there.
+            self._rewind()
+        return total
+
+    def ring_full(self, vcpu: int) -> None:
+        """Make room for a vCPU that may not go on before there is some. Called on its thread, which waits."""
+        with self.mmu_lock:
+            self.stats.full_exits += 1
+            before = self.stats.harvested
+            if self.collect():
+                return
+            # Full, and nothing to harvest: either somebody harvested since it left the guest; or, when it comes back full and
+            # nobody has, the entries in use are a gap. Then a quarter of the ring is less than what is in use.
+            if self._empty_at.get(vcpu) == before:
+                self._skip(self._rings[vcpu], self.entries // _SHARE)
+            self._empty_at[vcpu] = before
+
+    def close(self) -> None:
+        """End the collector and let go of the rings."""
+        self._closing.set()
+        if self._collector is not None:
+            self._collector.join()
+            self._collector = None
+        with self.mmu_lock:
+            self._rings.clear()
+
+    def _mark(self, entries: NDArray[np.void]) -> None:
+        """Set the bits of harvested entries. An entry of a slot that has gone, or shrunk since, is of no use to anyone."""
+        while len(entries):
+            slot_id = int(entries["slot"][0])
+            ours = entries["slot"] == slot_id
+            slot = self._slots.get(slot_id)
+            if slot is not None and slot.dirty_bitmap is not None:
+                offsets = entries["offset"][ours]
+                slot.dirty_bitmap.merge(words_of_pages(offsets[offsets < np.uint64(slot.npages)].astype(np.int64)))
+            if ours.all():
+                break
+            entries = entries[~ours]
+
+    def _reset(self, count: int) -> bool:
+        """Have ``count`` harvested entries reset; return False if the kernel does not find all of them."""
+        tries = 0
+        while count > 0:
+            # A signal ends a reset early: what is left is done by the next.
+            done = self._vm.reset_dirty_rings()
+            self.stats.resets += 1
+            count -= done
+            tries = 0 if done else tries + 1
+            if tries == _RESET_TRIES:
+                return False
+        return True
+
+    def _rewind(self) -> None:
+        for ring in self._rings:
+            ring.overflowed |= ring.rewind()
+
+    def _skip(self, ring: DirtyRing, count: int) -> None:
+        """Go over part of a gap that is so long that its vCPU may not run, and so cannot show where it ends."""
+        self._report_everything()
+        ring.overflowed = True
+        ring.harvest(count)
+        self._reset(count)
+        self.stats.harvested += count
+
+    def _report_everything(self) -> None:
+        """Protect every page of every logged slot, and mark it: entries were lost, and nobody knows which."""
+        self.stats.overflows += 1
+        for slot in self._slots:
+            bitmap = slot.dirty_bitmap
+            if bitmap is None:
+                continue
+            flags = slot.flags
+            try:
+                # Off and on again: to switch logging on protects every page, and flushes in any case.
+                slot.flags = flags & ~SlotFlags.LOG_DIRTY_PAGES
+                self.place(slot)
+            finally:
+                slot.flags = flags
+                self.place(slot)
+                bitmap.merge(words_of_range(0, slot.npages))
+
+    def _collect_for_ever(self) -> None:
+        share = max(1, self.entries // _SHARE)
+        interval = min(max(share / _ENTRIES_PER_SECOND, 0.001), 0.01)
+        try:
+            while not self._closing.wait(interval):
+                if any(ring.reaches(share) for ring in self._rings):
+                    with self.mmu_lock:
+                        self.collect()
+        except BaseException as error:  # noqa: BLE001 - kept for the next get: a thread has nobody to raise it to
+            self._failure = error
