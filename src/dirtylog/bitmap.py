@@ -68,9 +68,10 @@ class DirtyBitmap:
     def over(cls, npages: int, words: NDArray[np.uint64]) -> Self:
         """Return a bitmap over all its words, uint64[ceil(npages / 64)], which are not copied unless few of them are not zero."""
         bitmap = cls(npages)
-        if np.count_nonzero(words) * _SPARSE >= len(words):
+        nonzero = np.count_nonzero(words)
+        if nonzero * _SPARSE >= len(words):
             bitmap._words = words
-        else:
+        elif nonzero:
             bitmap._sparse = _nonzero_of(words)
         return bitmap
 
@@ -229,7 +230,8 @@ class DirtyBitmap:
             self._words |= other._words
         else:
             mine, self._words = self._sparse, other._words.copy()
-            self._words[mine.offsets] |= mine.values
+            if mine:
+                self._words[mine.offsets] |= mine.values
         return self
 
     def __or__(self, other: DirtyBitmap) -> DirtyBitmap:

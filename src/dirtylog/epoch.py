@@ -32,7 +32,10 @@ class PendingPages:
 
     def __getitem__(self, slot: MemorySlot) -> DirtyBitmap:
         """Return the pending pages of one slot, live."""
-        return self._pending.setdefault(slot, DirtyBitmap(slot.npages))
+        pages = self._pending.get(slot)
+        if pages is None:
+            pages = self._pending[slot] = DirtyBitmap(slot.npages)
+        return pages
 
     def begin(self, slots: Iterable[MemorySlot]) -> None:
         """Begin with nothing pending in ``slots``."""

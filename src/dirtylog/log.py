@@ -7,8 +7,6 @@ slots_lock is the slot table's lock, mmu_lock the port's. :class:`~dirtylog.dirt
 from __future__ import annotations
 
 import errno
-from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
 from dirtylog.bitmap import DirtyBitmap
@@ -19,7 +17,8 @@ from dirtylog.slotbitmap import SlotBitmap
 from dirtylog.words import PAGES_PER_WORD, DirtyWords
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from types import TracebackType
 
     from dirtylog.memory import Memory
     from dirtylog.memslot import MemorySlot
@@ -44,7 +43,7 @@ def get_dirty_log_protect(memory: Memory, slot_id: int, copy: Callable[[DirtyBit
     with slots.lock:
         slot, bitmap = slots.logged(slot_id)
         _check_has_bitmap(port, slot)
-        with _nothing_lost(port, slot, bitmap):
+        with _NothingLost(port, slot, bitmap):
             port.sync_dirty_log(slot)
             with port.mmu_lock:
                 words = bitmap.exchange()  # 1. take a snapshot and clear it
@@ -64,7 +63,7 @@ def get_dirty_log(memory: Memory, slot_id: int, copy: Callable[[DirtyBitmap], No
     with slots.lock:
         slot, bitmap = slots.logged(slot_id)
         _check_has_bitmap(port, slot)
-        with _nothing_lost(port, slot, bitmap):
+        with _NothingLost(port, slot, bitmap):
             port.sync_dirty_log(slot)
             with port.mmu_lock:
                 words = bitmap.exchange()
@@ -82,9 +81,9 @@ def fetch_dirty_log(memory: Memory, slot_id: int, copy: Callable[[DirtyBitmap], 
     assert isinstance(port, KernelPort)  # noqa: S101 - as above
     with slots.lock:
         slot, bitmap = slots.logged(slot_id)
-        with _nothing_lost(port, slot, bitmap):
+        with _NothingLost(port, slot, bitmap):
             with port.mmu_lock:
-                snapshot = bitmap.receive(partial(port.fetch_dirty_log, slot))
+                snapshot = bitmap.receive(slot, port.fetch_dirty_log)
             _copy_to_caller(slot, snapshot, copy)
 
 
@@ -119,7 +118,7 @@ def clear_dirty_log_protect(
             )
         _check_clear_range(slot, first_page, mask.npages)
         index, values = mask.nonzero_words()
-        with _nothing_lost(port, slot, bitmap):
+        with _NothingLost(port, slot, bitmap):
             port.sync_dirty_log(slot)
             with port.mmu_lock:
                 words = bitmap.exchange_masked(DirtyWords(index + first_page // PAGES_PER_WORD, values))
@@ -162,17 +161,26 @@ def stop_logging(memory: Memory, slot_id: int) -> None:
         port.flush_tlbs(slot)
 
 
-@contextmanager
-def _nothing_lost(port: Port, slot: MemorySlot, bitmap: SlotBitmap) -> Iterator[None]:
+class _NothingLost:
     """Commit the snapshot taken inside, or on any failure merge it into the bitmap again and flush all the same."""
-    try:
-        yield
-    except BaseException:
-        with port.mmu_lock:
-            bitmap.give_back()
-        port.flush_tlbs(slot)
-        raise
-    bitmap.commit()
+
+    __slots__ = ("_bitmap", "_port", "_slot")
+
+    def __init__(self, port: Port, slot: MemorySlot, bitmap: SlotBitmap) -> None:
+        self._port = port
+        self._slot = slot
+        self._bitmap = bitmap
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._bitmap.commit()
+            return
+        with self._port.mmu_lock:
+            self._bitmap.give_back()
+        self._port.flush_tlbs(self._slot)
 
 
 def _copy_to_caller(slot: MemorySlot, snapshot: DirtyBitmap, copy: Callable[[DirtyBitmap], None]) -> None:

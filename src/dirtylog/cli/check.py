@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dirtylog.cli.command import Command
@@ -32,15 +33,44 @@ class Check(Command):
     def run(self, args: argparse.Namespace) -> ExitCode:
         """Print a line for each source."""
         version = unicorn_version()
+        kvm = _kvm()
         ports = [_facts(name, version) for name in PORTS]
         if args.json:
-            print(json.dumps({"schema": "dirtylog/check/1", "unicorn": version, "ports": ports}))
+            print(json.dumps({"schema": "dirtylog/check/1", "unicorn": version, "ports": ports, "kvm": kvm}))
         else:
-            print(f"Unicorn: {version or 'not installed'}")
+            _print_kvm(kvm)
+            print(f"\nUnicorn: {version or 'not installed'}")
             print(f"{'target':<15} {'guest CPU':<18} {'logs a page by':<38} {'exactness':<10} available")
             for port in ports:
                 print(f"{port['target']:<15} {port['cpu']:<18} {port['how']:<38} {port['exactness']:<10} {_available(port)}")
-        return ExitCode.DONE if any(port["available"] for port in ports) else ExitCode.CANNOT
+        return ExitCode.DONE if kvm["available"] or any(port["available"] for port in ports) else ExitCode.CANNOT
+
+
+def _kvm() -> dict[str, Any]:
+    try:
+        # Imported here: it needs Linux.
+        from dirtylog.kvm.probe import probe_kvm  # noqa: PLC0415
+    except ImportError as error:
+        return {
+            "available": False,
+            "reason": f"KVM is Linux's ({error})",
+            "remedy": "use an emulated guest",
+            "capabilities": [],
+            "logs": [],
+        }
+    return asdict(probe_kvm())
+
+
+def _print_kvm(kvm: dict[str, Any]) -> None:
+    if kvm["available"]:
+        print(f"KVM: {kvm['device']}, interface version {kvm['api_version']}, {kvm['machine']}")
+    else:
+        print(f"KVM: no: {kvm['reason']}; {kvm['remedy']}")
+    for cap in kvm["capabilities"]:
+        lack = f"; missing: {cap['remedy']}" if cap["remedy"] else ""
+        print(f"  {cap['name']:<28} {cap['value']:>8}  {cap['purpose']}{lack}")
+    for log in kvm["logs"]:
+        print(f"  kvm --log {log['log']:<8} {log['how']:<40} {_available(log)}")
 
 
 def _available(port: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +15,7 @@ from dirtylog.dirty_log import DirtyLog
 from dirtylog.errors import DirtyLogError, InvalidArgumentError
 from dirtylog.guests.image import Image
 from dirtylog.guests.programs import PROGRAMS
+from dirtylog.kvm.options import MAX_ENTRIES, Backing, KvmOptions, Log
 from dirtylog.observe.heatmap import HeatMap
 from dirtylog.observe.rounds import rounds
 from dirtylog.size import format_size
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import argparse
 
     from dirtylog.emulated.machine import EmulatedMemory
+    from dirtylog.kvm.memory import KvmMemory
     from dirtylog.observe.rounds import Round
 
 SCHEMA = "dirtylog/run/1"
@@ -32,8 +35,8 @@ _MB = 1e6
 class Run(Command):
     """Log a guest or process, round by round.
 
-    TARGET is emu:ARCH[:PROGRAM]. "dirtylog check" lists the architectures; the programs are sweep (page after page),
-    random (every page once a period, in pseudo-random order), hotset (a few pages over and over; the last of several
+    TARGET is kvm[:PROGRAM] or emu:ARCH[:PROGRAM]. "dirtylog check" says what works here; the programs are sweep (page after
+    page), random (every page once a period, in pseudo-random order), hotset (a few pages over and over; the last of several
     vCPUs sweeps the rest) and idle. In JSON, "runs" are [first guest frame number, number of pages].
     """
 
@@ -42,7 +45,7 @@ class Run(Command):
     @staticmethod
     def prepare(parser: argparse.ArgumentParser) -> None:
         """Add the arguments of run."""
-        parser.add_argument("target", metavar="TARGET", help=f"emu:ARCH[:PROGRAM]; PROGRAM is one of {', '.join(PROGRAMS)}")
+        parser.add_argument("target", metavar="TARGET", help=f"kvm[:PROGRAM] or emu:ARCH[:PROGRAM]; PROGRAM: {', '.join(PROGRAMS)}")
         parser.add_argument(
             "--size", type=arguments.size, default=DEFAULT_SIZE, help="the guest's memory, such as 256MiB (default: %(default)s)"
         )
@@ -58,11 +61,28 @@ class Run(Command):
             "--heatmap", type=Path, metavar="FILE", help="write a picture of pages against rounds (.png, .svg, .pdf)"
         )
         parser.add_argument("-f", "--force", action="store_true", help="replace FILE if it exists")
+        kvm = parser.add_argument_group("KVM guests")
+        kvm.add_argument(
+            "--log",
+            choices=[log.value for log in Log],
+            help="the kernel's log: a bitmap that a get takes and protects (the default), one that is cleared apart, or rings",
+        )
+        kvm.add_argument(
+            "--backing",
+            choices=[backing.value for backing in Backing],
+            help="what the guest's memory is made of (default: anonymous)",
+        )
+        kvm.add_argument(
+            "--ring-entries", type=arguments.count, metavar="N", help=f"length of each vCPU's ring (default: {MAX_ENTRIES})"
+        )
         image = parser.add_argument_group("a program of your own")
-        image.add_argument("--image", type=Path, metavar="FILE", help="a raw image to run instead of PROGRAM")
-        image.add_argument("--load", type=arguments.address, default=0, metavar="ADDR", help="where to load it (default: 0)")
+        image.add_argument("--image", type=Path, metavar="FILE", help="an ELF file or a raw image to run instead of PROGRAM")
+        image.add_argument("--load", type=arguments.address, metavar="ADDR", help="where to load a raw image (default: 0)")
         image.add_argument(
-            "--entry", type=arguments.address, metavar="ADDR", help="where to enter it (default: where it is loaded)"
+            "--entry",
+            type=arguments.address,
+            metavar="ADDR",
+            help="where to enter it (default: as ELF says, or where it lies)",
         )
         image.add_argument("--halt", type=arguments.address, metavar="ADDR", help="the address at which a vCPU halts")
 
@@ -73,9 +93,10 @@ class Run(Command):
         image = None
         if args.image is not None:
             image = Image.read(args.image, load=args.load, entry=args.entry, halt=args.halt)
-        elif args.load or args.entry is not None or args.halt is not None:
+        elif (args.load, args.entry, args.halt) != (None, None, None):
             raise InvalidArgumentError("--load, --entry and --halt go with --image")
-        with open_target(args.target, size=args.size, vcpus=args.vcpus, image=image) as memory, DirtyLog(memory) as log:
+        kvm = _kvm_options(args)
+        with open_target(args.target, size=args.size, vcpus=args.vcpus, image=image, kvm=kvm) as memory, DirtyLog(memory) as log:
             report = _report(args, memory)
             report.begin()
             picture = _picture(memory)
@@ -102,12 +123,26 @@ class Run(Command):
             return status
 
 
-def _picture(memory: EmulatedMemory) -> HeatMap:
+def _kvm_options(args: argparse.Namespace) -> KvmOptions | None:
+    """Return what the command line says of KVM guests, None if nothing."""
+    given: dict[str, Any] = {}
+    if args.log is not None:
+        given["log"] = Log(args.log)
+    if args.backing is not None:
+        given["backing"] = Backing(args.backing)
+    if args.ring_entries is not None:
+        given["ring_entries"] = args.ring_entries
+        if args.log != Log.RING.value:
+            raise InvalidArgumentError("--ring-entries goes with --log ring")
+    return KvmOptions(**given) if given else None
+
+
+def _picture(memory: EmulatedMemory | KvmMemory) -> HeatMap:
     largest = max(memory.slots, key=lambda slot: slot.npages)
     return HeatMap(largest.npages, largest.page_size)
 
 
-def _facts(args: argparse.Namespace, memory: EmulatedMemory) -> dict[str, Any]:
+def _facts(args: argparse.Namespace, memory: EmulatedMemory | KvmMemory) -> dict[str, Any]:
     """Return what every result names."""
     return {
         "schema": SCHEMA,
@@ -133,7 +168,7 @@ def _round(found: Round) -> dict[str, Any]:
 class _Text:
     """A line a round, for people."""
 
-    def __init__(self, args: argparse.Namespace, memory: EmulatedMemory) -> None:
+    def __init__(self, args: argparse.Namespace, memory: EmulatedMemory | KvmMemory) -> None:
         self._args, self._memory = args, memory
         self._rounds = self._pages = self._bytes = 0
         self._seconds = self._get_seconds = 0.0
@@ -160,12 +195,11 @@ class _Text:
 
     def end(self, status: ExitCode) -> None:
         rate = self._bytes / _MB / self._seconds if self._seconds else 0.0
-        stats = self._memory.stats
         print(
             f"{'total':>6} {self._seconds:>9.3f} {self._pages:>12} {rate:>9.1f} {'':>7} {self._get_seconds * 1e3:>8.3f}"
             f"{'' if status is ExitCode.DONE else f'   (ended early, exit {int(status)})'}"
         )
-        print(f"faults {stats.faults}, TLB flushes {stats.flushes}, huge mappings {stats.huge_mappings}, split {stats.splits}")
+        print(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in asdict(self._memory.stats).items()))
         for blind in self._memory.blind_spots:
             print(f"blind spot: {blind}")
 
@@ -173,7 +207,7 @@ class _Text:
 class _Lines:
     """A JSON object a round."""
 
-    def __init__(self, args: argparse.Namespace, memory: EmulatedMemory) -> None:
+    def __init__(self, args: argparse.Namespace, memory: EmulatedMemory | KvmMemory) -> None:
         self._facts = _facts(args, memory)
 
     def begin(self) -> None:
@@ -189,7 +223,7 @@ class _Lines:
 class _Document:
     """One JSON document at the end."""
 
-    def __init__(self, args: argparse.Namespace, memory: EmulatedMemory) -> None:
+    def __init__(self, args: argparse.Namespace, memory: EmulatedMemory | KvmMemory) -> None:
         self._memory = memory
         self._facts = _facts(args, memory)
         self._rounds: list[dict[str, Any]] = []
@@ -216,15 +250,11 @@ class _Document:
                 "dirty_pages": sum(found["dirty_pages"] for found in self._rounds),
                 "dirty_bytes": sum(found["dirty_bytes"] for found in self._rounds),
             },
-            "faults": memory.stats.faults,
-            "flushes": memory.stats.flushes,
-            "huge_mappings": memory.stats.huge_mappings,
-            "splits": memory.stats.splits,
         }
-        print(json.dumps(document))
+        print(json.dumps(document | asdict(memory.stats)))
 
 
-def _report(args: argparse.Namespace, memory: EmulatedMemory) -> _Text | _Lines | _Document:
+def _report(args: argparse.Namespace, memory: EmulatedMemory | KvmMemory) -> _Text | _Lines | _Document:
     if args.json:
         return _Document(args, memory)
     return _Lines(args, memory) if args.jsonl else _Text(args, memory)

@@ -57,8 +57,8 @@ class KvmDescriptor:
         """Whether it has been closed."""
         return self._file.closed
 
-    def ioctl(self, request: int, argument: Struct | bytearray | int, what: str, *, slot: int | None = None) -> int:
-        """Call the kernel and return what it returns. ``what`` says in an error what was tried.
+    def ioctl(self, request: int, argument: Struct | bytearray | int, what: str, *details: object, slot: int | None = None) -> int:
+        """Call the kernel and return what it returns. ``what``, formatted with ``details``, says in an error what was tried.
 
         Safe: every argument is an integer, or a buffer at least as long as the size in the request, alive during the call.
         """
@@ -67,7 +67,7 @@ class KvmDescriptor:
         except InterruptedError:
             raise
         except OSError as error:
-            raise kvm_error(error, what, slot=slot) from error
+            raise kvm_error(error, what.format(*details), slot=slot) from error
 
     def close(self) -> None:
         """Close it. A second call does nothing."""

@@ -11,15 +11,13 @@ slot      what
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dirtylog.errors import InvalidArgumentError
 from dirtylog.guests.machine import MAX_VCPUS, RAM_SLOT, ROM_SLOT
 from dirtylog.guests.programs import Pattern, patterns, store_loop
-from dirtylog.kvm.memory import KvmMemory, Log
-from dirtylog.kvm.ram import Backing
-from dirtylog.kvm.ring_port import MAX_ENTRIES
+from dirtylog.kvm.memory import KvmMemory
+from dirtylog.kvm.options import KvmOptions
 from dirtylog.memslot import SlotFlags
 
 if TYPE_CHECKING:
@@ -27,20 +25,12 @@ if TYPE_CHECKING:
 
     from dirtylog.guests.image import Image
     from dirtylog.kvm.arch.architecture import Rom
+    from dirtylog.kvm.options import Backing
 
 HIGH_RAM_SLOT = 2
 
 _ROM_ALIGNMENT = 2 << 20
 _STACK_BYTES = 64 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class KvmOptions:
-    """How a KVM guest is made: its log, what its RAM is made of, and the length of each vCPU's dirty ring."""
-
-    log: Log = Log.BITMAP
-    backing: Backing = Backing.ANONYMOUS
-    ring_entries: int = MAX_ENTRIES
 
 
 def make_kvm_guest(

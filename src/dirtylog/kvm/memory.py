@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import mmap
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from dirtylog.kvm.abi import Cap
 from dirtylog.kvm.arch import host_architecture
 from dirtylog.kvm.bus import Bus
 from dirtylog.kvm.cpu import KvmCpu
+from dirtylog.kvm.options import MAX_ENTRIES, Backing, Log
 from dirtylog.kvm.ports import KvmBitmapPort, KvmManualPort
-from dirtylog.kvm.ram import Backing, GuestRam
-from dirtylog.kvm.ring_port import MAX_ENTRIES, KvmRingPort, RingStats
+from dirtylog.kvm.ram import GuestRam
+from dirtylog.kvm.ring_port import KvmRingPort
 from dirtylog.kvm.system import DEVICE, KvmSystem
 from dirtylog.log import start_logging, stop_logging
 from dirtylog.memslot import MemorySlot, SlotFlags, SlotTable
@@ -36,22 +36,24 @@ if TYPE_CHECKING:
     from dirtylog.kvm.vm import KvmVm
 
 
-class Log(enum.Enum):
-    """Which of the kernel's logs a VM is made with."""
-
-    BITMAP = "bitmap"
-    """KVM_GET_DIRTY_LOG, which takes and protects."""
-    MANUAL = "manual"
-    """KVM_GET_DIRTY_LOG, which reads, and KVM_CLEAR_DIRTY_LOG, which takes and protects."""
-    RING = "ring"
-    """A dirty ring for each vCPU."""
+PORTS: dict[Log, type[KvmBitmapPort | KvmManualPort | KvmRingPort]] = {
+    Log.BITMAP: KvmBitmapPort,
+    Log.MANUAL: KvmManualPort,
+    Log.RING: KvmRingPort,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class KvmStats:
-    """Counters. ``exits`` are those that came to this process; the rest are the dirty rings'."""
+    """Counters. ``exits`` are those that came to this process."""
 
     exits: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvmRingStats(KvmStats):
+    """Counters of dirty rings. ``ring_overflows`` are those after which every page was reported, for entries had been lost."""
+
     ring_full_exits: int
     ring_entries: int
     ring_resets: int
@@ -94,9 +96,11 @@ class KvmMemory(Machine["KvmBitmapPort | KvmManualPort | KvmRingPort"]):
     @property
     def stats(self) -> KvmStats:
         """What was counted so far."""
-        ring = self._port.stats if isinstance(self._port, KvmRingPort) else RingStats()
         exits = sum(cpu.exits for cpu in self.cpus)
-        return KvmStats(exits, ring.full_exits, ring.harvested, ring.resets, ring.overflows)
+        if isinstance(self._port, KvmRingPort):
+            ring = self._port.stats
+            return KvmRingStats(exits, ring.full_exits, ring.harvested, ring.resets, ring.overflows)
+        return KvmStats(exits)
 
     # --- slots
 

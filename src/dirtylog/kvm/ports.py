@@ -77,9 +77,23 @@ class KvmBitmapPort(KvmPort, KernelPort):
     name = "kvm-bitmap"
     how = "KVM_GET_DIRTY_LOG"
 
+    def __init__(self, vm: KvmVm) -> None:
+        super().__init__(vm)
+        # By slot: the words that it is always asked for, and the argument made of them.
+        self._arguments: dict[MemorySlot, tuple[NDArray[np.uint64], abi.DirtyLogArgument]] = {}
+
+    def stop_logging(self, slot: MemorySlot) -> None:
+        """Clear the slot's flag: the kernel frees its bitmap."""
+        super().stop_logging(slot)
+        self._arguments.pop(slot, None)
+
     def fetch_dirty_log(self, slot: MemorySlot, words: NDArray[np.uint64]) -> None:
         """Let the kernel write its snapshot."""
-        self._vm.get_dirty_log(slot.id, words)
+        known = self._arguments.get(slot)
+        if known is None or known[0] is not words:
+            known = words, abi.DirtyLogArgument(slot=slot.id, dirty_bitmap=words.ctypes.data)
+            self._arguments[slot] = known
+        self._vm.get_dirty_log_into(known[1])
 
 
 class KvmManualPort(KvmPort, ProtectPort):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import mmap
 import os
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dirtylog.errors import DirtyLogError, InvalidArgumentError, UnsupportedError
+from dirtylog.kvm.options import Backing
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -18,19 +18,6 @@ _HUGE_PAGE_BYTES = 2 << 20
 # Python has no names for these before 3.13: Linux include/uapi/asm-generic/mman-common.h.
 _MAP_HUGETLB = 0x40000
 _MAP_NORESERVE = 0x4000
-
-
-class Backing(enum.Enum):
-    """What guest memory is made of."""
-
-    ANONYMOUS = "anonymous"
-    """Private anonymous pages of the host's page size; transparent huge pages are kept out."""
-    THP = "thp"
-    """Private anonymous pages, and transparent huge pages wherever the host has them (MADV_HUGEPAGE)."""
-    HUGETLB = "hugetlb"
-    """Huge pages from the host's reserved pool, of 2 MiB (MAP_HUGETLB). Memory is a multiple of that."""
-    MEMFD = "memfd"
-    """Shared memory in a file without a name, which another process can map (memfd_create)."""
 
 
 class GuestRam:

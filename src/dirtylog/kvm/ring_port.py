@@ -20,6 +20,7 @@ from dirtylog.errors import CoverageLostError, InvalidArgumentError, Unsupported
 from dirtylog.guests.vcpu import leave_guest
 from dirtylog.kvm import abi
 from dirtylog.kvm.abi import Cap
+from dirtylog.kvm.options import MAX_ENTRIES
 from dirtylog.kvm.ports import KvmPort
 from dirtylog.kvm.ring import DirtyRing
 from dirtylog.memslot import SlotFlags
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from dirtylog.kvm.vcpu import KvmVcpu
     from dirtylog.kvm.vm import KvmVm
     from dirtylog.memslot import MemorySlot, SlotTable
-
-MAX_ENTRIES = 65536
-"""KVM_DIRTY_RING_MAX_ENTRIES."""
 
 # The collector harvests from this share of a ring on: so that a vCPU seldom finds its ring full.
 _SHARE = 4

@@ -60,8 +60,11 @@ class KvmVm(KvmDescriptor):
 
         EINVAL for a slot id out of range, ENOENT for no slot or one that is not logged, ENXIO with a ring.
         """
-        argument = abi.DirtyLogArgument(slot=slot, dirty_bitmap=words.ctypes.data)
-        self.ioctl(abi.KVM_GET_DIRTY_LOG, argument, f"cannot get the dirty log of slot {slot:#x}", slot=slot)
+        self.get_dirty_log_into(abi.DirtyLogArgument(slot=slot, dirty_bitmap=words.ctypes.data))
+
+    def get_dirty_log_into(self, argument: abi.DirtyLogArgument) -> None:
+        """Do the same with an argument that was made before; whoever made it keeps its words alive."""
+        self.ioctl(abi.KVM_GET_DIRTY_LOG, argument, "cannot get the dirty log of slot {:#x}", argument.slot, slot=argument.slot)
 
     def clear_dirty_log(self, slot: int, first_page: int, npages: int, words: NDArray[np.uint64]) -> None:
         """Clear and re-protect the pages that are set in ``words``, whose bit 0 is ``first_page`` (KVM_CLEAR_DIRTY_LOG).
