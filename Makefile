@@ -41,7 +41,7 @@ $(VENV)/.build: $(VENV)/.venv constraints.txt
 	touch $@
 
 $(VENV)/.run: $(VENV)/.build pyproject.toml
-	$(PIP) --no-build-isolation --editable '.[emu,plot]'
+	$(PIP) --no-build-isolation --editable '.[emu,plot,elf]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.build pyproject.toml

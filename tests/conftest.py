@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from kvm_here import missing_kvm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +19,7 @@ CROSS_TOOLS = ("aarch64", "arm", "mips", "powerpc", "powerpc64", "riscv64", "s39
 
 def _resources() -> list[tuple[str, bool, str]]:
     """Return (what, is it here, what it exercises)."""
-    kvm = Path("/dev/kvm")
+    kvm = missing_kvm()
     return [
         ("Unicorn", importlib.util.find_spec("unicorn") is not None, "guests of eight instruction sets"),
         ("Matplotlib", importlib.util.find_spec("matplotlib") is not None, "heat maps"),
@@ -27,7 +27,8 @@ def _resources() -> list[tuple[str, bool, str]]:
             (f"binutils {tool}", find_tool(tool, "as") is not None, "the guest program is what its source says")
             for tool in CROSS_TOOLS
         ),
-        ("/dev/kvm", kvm.exists() and os.access(kvm, os.R_OK | os.W_OK), "nothing yet: no test needs it"),
+        ("pyelftools", importlib.util.find_spec("elftools") is not None, "guest images in ELF files"),
+        ("KVM", kvm is None, f"guests on the kernel's own logs{'' if kvm is None else f' ({kvm})'}"),
     ]
 
 
@@ -51,5 +52,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def _no_thread_left_behind() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
-    left = [thread for thread in threading.enumerate() if thread not in before and thread.name.startswith("vcpu-")]
+    left = [thread for thread in threading.enumerate() if thread not in before and thread.name.startswith(("vcpu-", "kvm-"))]
     assert not left, f"threads left behind: {left}"

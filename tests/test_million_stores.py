@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from dirtylog import DirtyLog
-from dirtylog.emulated.arch import PORTS
-from dirtylog.emulated.guest import make_guest
 from dirtylog.emulated.isa import ISAS
+from dirtylog.emulated.machine import EmulatedMemory
 from dirtylog.guests.machine import RAM_SLOT
 from dirtylog.guests.programs import Pattern
+from sources import open_source, sources
 
 STORES = 500_000
 PAGES = 2048
@@ -26,8 +26,8 @@ def last_value_of_each_page(pattern: Pattern) -> np.ndarray[tuple[int], np.dtype
     return values
 
 
-@pytest.mark.parametrize("arch", PORTS)
-def test_a_million_stores_lose_nothing(arch: str) -> None:
+@pytest.mark.parametrize("source", sources())
+def test_a_million_stores_lose_nothing(source: str) -> None:
     """The copy is made from the log alone while both vCPUs store; when they halt, it is what was stored last."""
     loops = [
         Pattern(base=index * PAGES << 12, page=index, mul=1664525, add=1013904223 % PAGES | 1, mask=PAGES - 1, count=STORES)
@@ -35,7 +35,7 @@ def test_a_million_stores_lose_nothing(arch: str) -> None:
     ]
     npages = VCPUS * PAGES + 3
     reports = 0
-    with make_guest(arch, npages << 12, vcpus=VCPUS, loops=loops) as memory, DirtyLog(memory) as log:
+    with open_source(source, npages << 12, vcpus=VCPUS, loops=loops) as memory, DirtyLog(memory) as log:
         copy = memory.read(RAM_SLOT, np.arange(npages))
         memory.resume()
         while not memory.wait(timeout=0.002):
@@ -44,7 +44,7 @@ def test_a_million_stores_lose_nothing(arch: str) -> None:
             reports += len(pages)
         pages = log.get(RAM_SLOT).pages()
         copy[pages] = memory.read(RAM_SLOT, pages)
-        isa = ISAS.get(memory.port.isa)
+        isa = ISAS.get(memory.port.isa) if isinstance(memory, EmulatedMemory) else ISAS["x86"]
         word = np.dtype(f"{'>' if isa and isa.byte_order == 'big' else '<'}u{isa.word_bytes if isa else 8}")
         for index, pattern in enumerate(loops):
             stored = copy[index * PAGES : (index + 1) * PAGES, : word.itemsize].copy().view(word).ravel()

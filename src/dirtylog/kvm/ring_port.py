@@ -174,12 +174,16 @@ class KvmRingPort(KvmPort, SyncPort):
                 self._skip(self._rings[vcpu], self.entries // _SHARE)
             self._empty_at[vcpu] = before
 
-    def close(self) -> None:
-        """End the collector and let go of the rings."""
+    def end_collector(self) -> None:
+        """End the collector for good: from now on only gets and vCPUs that are full harvest."""
         self._closing.set()
         if self._collector is not None:
             self._collector.join()
             self._collector = None
+
+    def close(self) -> None:
+        """End the collector and let go of the rings."""
+        self.end_collector()
         with self.mmu_lock:
             self._rings.clear()
 

@@ -35,7 +35,7 @@ class Architecture(Protocol):
     stack_register: ClassVar[str]
 
     def make_rom(self, address: int, reach: int, program: bytes) -> Rom:
-        """Return tables under which a guest can use every address below ``reach`` (or at least 4 GiB), to lie at ``address``."""
+        """Return tables under which a guest can use every address below ``reach`` (at least 16 GiB), to lie at ``address``."""
 
     def start(self, system: KvmSystem, vcpu: KvmVcpu, rom: Rom, entry: int, registers: dict[str, int]) -> None:
         """Set every register of a new vCPU so that it begins at ``entry`` with these in its registers, the others 0."""

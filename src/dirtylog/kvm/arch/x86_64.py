@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _PAGE = 4096
 _GIB = 1 << 30
 _ENTRIES = 512
+# Room for slots that are added behind the memory, and for MMIO in the hole.
+_LEAST_REACH = 16 * _GIB
 
 _TABLE = 0x23  # present, writable, accessed
 _LARGE_PAGE = 0xE3  # present, writable, accessed, dirty, 2 MiB
@@ -68,7 +70,7 @@ class X86_64:  # noqa: N801 - the architecture's name
 
     def make_rom(self, address: int, reach: int, program: bytes) -> Rom:
         """Return descriptor and page tables, and the program behind them."""
-        directories = -(-max(reach, 4 * _GIB) // _GIB)
+        directories = -(-max(reach, _LEAST_REACH) // _GIB)
         pointers = -(-directories // _ENTRIES)
         if pointers > _ENTRIES:
             raise InvalidArgumentError(f"guest-physical addresses up to {reach:#x}: four levels of tables reach 256 TiB")
