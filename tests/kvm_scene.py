@@ -11,7 +11,7 @@ from dirtylog.guests.programs import Pattern
 from dirtylog.kvm.arch.x86_64_registers import Regs
 from dirtylog.kvm.exits import DirtyRingFull, Halted
 from dirtylog.kvm.guest import loop_registers, make_kvm_guest
-from dirtylog.kvm.options import KvmOptions, Log
+from dirtylog.options import KvmOptions, Log
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

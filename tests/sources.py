@@ -10,7 +10,7 @@ from dirtylog.emulated.arch import PORTS
 from dirtylog.emulated.guest import make_guest
 from dirtylog.kvm.guest import make_kvm_guest
 from dirtylog.kvm.memory import PORTS as KVM_PORTS
-from dirtylog.kvm.options import KvmOptions, Log
+from dirtylog.options import KvmOptions, Log
 from dirtylog.port import ProtectPort
 from kvm_here import needs_kvm
 

@@ -14,7 +14,7 @@ from dirtylog import CopyFaultError, DirtyBitmap, DirtyLog, InvalidArgumentError
 from dirtylog.guests.programs import Pattern
 from dirtylog.kvm.guest import make_kvm_guest
 from dirtylog.kvm.memory import KvmMemory
-from dirtylog.kvm.options import Backing, KvmOptions, Log
+from dirtylog.options import Backing, KvmOptions, Log
 from interrupts import interrupt
 from kvm_here import needs_kvm
 from kvm_scene import LOGS, NPAGES, ROM_SLOT, KvmScene

@@ -14,7 +14,7 @@ from dirtylog import DirtyBitmap, DirtyLog, LoggingOffError, SlotFlags
 from dirtylog.guests.programs import Pattern
 from dirtylog.kvm.guest import make_kvm_guest
 from dirtylog.kvm.memory import KvmRingStats
-from dirtylog.kvm.options import KvmOptions, Log
+from dirtylog.options import KvmOptions, Log
 from dirtylog.kvm.ring_port import KvmRingPort
 from kvm_here import needs_kvm
 from kvm_scene import LOGS

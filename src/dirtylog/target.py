@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dirtylog.emulated.guest import make_guest
-from dirtylog.errors import InvalidArgumentError
+from dirtylog.errors import InvalidArgumentError, UnsupportedError
+from dirtylog.options import KvmOptions
 from dirtylog.size import parse_size
 
 if TYPE_CHECKING:
     from dirtylog.emulated.machine import EmulatedMemory
     from dirtylog.guests.image import Image
     from dirtylog.kvm.memory import KvmMemory
-    from dirtylog.kvm.options import KvmOptions
 
 DEFAULT_SIZE = "64MiB"
 DEFAULT_PROGRAM = "sweep"
@@ -24,13 +24,16 @@ def open_target(
     size: str | int = DEFAULT_SIZE,
     vcpus: int = 1,
     image: Image | None = None,
-    kvm: KvmOptions | None = None,
+    log: str | None = None,
+    backing: str | None = None,
+    ring_entries: int | None = None,
 ) -> EmulatedMemory | KvmMemory:
     """Open a memory whose writes can be logged; close it, or use it as a context manager.
 
     ``target`` is ``emu:ARCH[:PROGRAM]`` or ``kvm[:PROGRAM]``. The guest starts paused: ``resume`` it when the log is on. ``size``
-    is its RAM in bytes or with a unit, ``vcpus`` 1 to 8, ``image`` a program of the user's own instead of PROGRAM, ``kvm`` how a
-    KVM guest is made: its log (the bitmap by default), what its RAM is made of.
+    is its RAM in bytes or with a unit, ``vcpus`` 1 to 8, ``image`` a program of the user's own instead of PROGRAM. For KVM guests
+    only: ``log`` is "bitmap" (the default), "manual" or "ring"; ``backing`` what the RAM is made of, "anonymous" (the default),
+    "thp", "hugetlb" or "memfd"; ``ring_entries`` the length of each vCPU's ring, a power of two.
 
     Raises :class:`InvalidArgumentError`; :class:`UnsupportedError` where this host cannot; :class:`AccessDeniedError`.
     """
@@ -42,11 +45,14 @@ def open_target(
         raise InvalidArgumentError(f"target {target!r} names a program, and an image is given too: leave one of them out")
     program = program or DEFAULT_PROGRAM
     nbytes = parse_size(size)
+    options = KvmOptions.of(log, backing, ring_entries)
     if kind == "emu":
-        if kvm is not None:
-            raise InvalidArgumentError(f"target {target!r}: an emulated guest has one way to log, and takes no options of KVM's")
+        if options is not None:
+            raise InvalidArgumentError(f"target {target!r}: log, backing and ring entries are choices of KVM guests")
         return make_guest(arch, nbytes, program=program, vcpus=vcpus, image=image)
-    # Imported here: it needs Linux, and emulated guests run anywhere.
-    from dirtylog.kvm.guest import make_kvm_guest  # noqa: PLC0415
-
-    return make_kvm_guest(nbytes, program=program, vcpus=vcpus, image=image, options=kvm)
+    try:
+        # Imported here: emulated guests run anywhere, but this needs Linux.
+        from dirtylog.kvm.guest import make_kvm_guest  # noqa: PLC0415
+    except ImportError as error:
+        raise UnsupportedError("KVM guests run on Linux only", reason=str(error), remedy="use an emulated guest") from error
+    return make_kvm_guest(nbytes, program=program, vcpus=vcpus, image=image, options=options)

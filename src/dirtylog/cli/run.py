@@ -15,9 +15,9 @@ from dirtylog.dirty_log import DirtyLog
 from dirtylog.errors import DirtyLogError, InvalidArgumentError
 from dirtylog.guests.image import Image
 from dirtylog.guests.programs import PROGRAMS
-from dirtylog.kvm.options import MAX_ENTRIES, Backing, KvmOptions, Log
 from dirtylog.observe.heatmap import HeatMap
 from dirtylog.observe.rounds import rounds
+from dirtylog.options import MAX_ENTRIES, Backing, Log
 from dirtylog.size import format_size
 from dirtylog.target import DEFAULT_SIZE, open_target
 
@@ -95,8 +95,8 @@ class Run(Command):
             image = Image.read(args.image, load=args.load, entry=args.entry, halt=args.halt)
         elif (args.load, args.entry, args.halt) != (None, None, None):
             raise InvalidArgumentError("--load, --entry and --halt go with --image")
-        kvm = _kvm_options(args)
-        with open_target(args.target, size=args.size, vcpus=args.vcpus, image=image, kvm=kvm) as memory, DirtyLog(memory) as log:
+        choices = {"log": args.log, "backing": args.backing, "ring_entries": args.ring_entries}
+        with open_target(args.target, size=args.size, vcpus=args.vcpus, image=image, **choices) as memory, DirtyLog(memory) as log:
             report = _report(args, memory)
             report.begin()
             picture = _picture(memory)
@@ -121,20 +121,6 @@ class Run(Command):
                 picture.save(args.heatmap, f"{args.target}, {args.vcpus} vCPU{'s' * (args.vcpus > 1)}")
                 print(f"wrote {args.heatmap}", file=sys.stderr)
             return status
-
-
-def _kvm_options(args: argparse.Namespace) -> KvmOptions | None:
-    """Return what the command line says of KVM guests, None if nothing."""
-    given: dict[str, Any] = {}
-    if args.log is not None:
-        given["log"] = Log(args.log)
-    if args.backing is not None:
-        given["backing"] = Backing(args.backing)
-    if args.ring_entries is not None:
-        given["ring_entries"] = args.ring_entries
-        if args.log != Log.RING.value:
-            raise InvalidArgumentError("--ring-entries goes with --log ring")
-    return KvmOptions(**given) if given else None
 
 
 def _picture(memory: EmulatedMemory | KvmMemory) -> HeatMap:

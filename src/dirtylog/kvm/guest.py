@@ -17,15 +17,15 @@ from dirtylog.errors import InvalidArgumentError
 from dirtylog.guests.machine import MAX_VCPUS, RAM_SLOT, ROM_SLOT
 from dirtylog.guests.programs import Pattern, patterns, store_loop
 from dirtylog.kvm.memory import KvmMemory
-from dirtylog.kvm.options import KvmOptions
 from dirtylog.memslot import SlotFlags
+from dirtylog.options import KvmOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dirtylog.guests.image import Image
     from dirtylog.kvm.arch.architecture import Rom
-    from dirtylog.kvm.options import Backing
+    from dirtylog.options import Backing
 
 HIGH_RAM_SLOT = 2
 

@@ -14,13 +14,13 @@ from dirtylog.kvm.abi import Cap
 from dirtylog.kvm.arch import host_architecture
 from dirtylog.kvm.bus import Bus
 from dirtylog.kvm.cpu import KvmCpu
-from dirtylog.kvm.options import MAX_ENTRIES, Backing, Log
 from dirtylog.kvm.ports import KvmBitmapPort, KvmManualPort
 from dirtylog.kvm.ram import GuestRam
 from dirtylog.kvm.ring_port import KvmRingPort
 from dirtylog.kvm.system import DEVICE, KvmSystem
 from dirtylog.log import start_logging, stop_logging
 from dirtylog.memslot import MemorySlot, SlotFlags, SlotTable
+from dirtylog.options import MAX_ENTRIES, Backing, Log
 from dirtylog.words import words_of_range
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from dirtylog.kvm import abi
 from dirtylog.kvm.abi import Cap
 from dirtylog.kvm.arch import host_architecture
 from dirtylog.kvm.memory import PORTS
-from dirtylog.kvm.options import Log
 from dirtylog.kvm.ring_port import choose_ring
 from dirtylog.kvm.system import DEVICE, KvmSystem
+from dirtylog.options import Log
 
 _PURPOSES: dict[Cap, tuple[str, str]] = {
     Cap.USER_MEMORY: ("guest memory that this process gives", "without it there are no guests: use a newer kernel"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dirtylog.errors import DirtyLogError, InvalidArgumentError, UnsupportedError
-from dirtylog.kvm.options import Backing
+from dirtylog.options import Backing
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

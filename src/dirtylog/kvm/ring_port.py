@@ -20,10 +20,10 @@ from dirtylog.errors import CoverageLostError, InvalidArgumentError, Unsupported
 from dirtylog.guests.vcpu import leave_guest
 from dirtylog.kvm import abi
 from dirtylog.kvm.abi import Cap
-from dirtylog.kvm.options import MAX_ENTRIES
 from dirtylog.kvm.ports import KvmPort
 from dirtylog.kvm.ring import DirtyRing
 from dirtylog.memslot import SlotFlags
+from dirtylog.options import MAX_ENTRIES
 from dirtylog.port import SyncPort
 from dirtylog.words import word_count, words_of_pages, words_of_range
 

@@ -1,9 +1,12 @@
-"""What can be chosen for a KVM guest. This file needs no KVM: the command line reads it everywhere."""
+"""What can be chosen for a KVM guest. Plain data, which needs no KVM and no Linux."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import TypeVar
+
+from dirtylog.errors import InvalidArgumentError
 
 MAX_ENTRIES = 65536
 """KVM_DIRTY_RING_MAX_ENTRIES."""
@@ -40,3 +43,26 @@ class KvmOptions:
     log: Log = Log.BITMAP
     backing: Backing = Backing.ANONYMOUS
     ring_entries: int = MAX_ENTRIES
+
+    @classmethod
+    def of(cls, log: str | None, backing: str | None, ring_entries: int | None) -> KvmOptions | None:
+        """Return options from words as users write them; None if nothing is chosen."""
+        if log is None and backing is None and ring_entries is None:
+            return None
+        chosen = _member(Log, log or Log.BITMAP, "log")
+        if ring_entries is not None and chosen is not Log.RING:
+            raise InvalidArgumentError(f"a ring of {ring_entries} entries goes with log ring, not with log {chosen.value}")
+        entries = MAX_ENTRIES if ring_entries is None else ring_entries
+        return cls(chosen, _member(Backing, backing or Backing.ANONYMOUS, "backing"), entries)
+
+
+_E = TypeVar("_E", bound=enum.Enum)
+
+
+def _member(kind: type[_E], value: _E | str, what: str) -> _E:
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"unknown {what} {value!r}; it is one of: {', '.join(str(one.value) for one in kind)}"
+        ) from error
