@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -13,11 +14,18 @@ class CpuExit(enum.Enum):
     HALTED = "halted"
 
 
+Service = Callable[[], None]
+"""What a guest waits for: its vCPU's thread calls it outside the guest, and goes on."""
+
+
 class Cpu(Protocol):
     """A guest CPU."""
 
-    def run(self) -> CpuExit:
-        """Run guest code until it halts, or :meth:`stop` is called; GuestFaultError if it makes an access that it may not."""
+    def run(self) -> CpuExit | Service:
+        """Run guest code until it halts, needs a service, or :meth:`stop` is called.
+
+        GuestFaultError if it makes an access that it may not.
+        """
 
     def stop(self) -> None:
         """Make :meth:`run` return soon. From any thread. A call that comes just before run may have no effect: repeat it."""

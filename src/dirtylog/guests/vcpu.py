@@ -13,7 +13,7 @@ from dirtylog.guests.cpu import CpuExit
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from dirtylog.guests.cpu import Cpu
+    from dirtylog.guests.cpu import Cpu, Service
 
 # A kick that lands just outside the guest is lost, so it is repeated this often, in seconds, until it is answered.
 _KICK_INTERVAL = 0.0005
@@ -62,6 +62,8 @@ class Vcpu:
         self.error: BaseException | None = None
         self.in_guest = False
         """Whether guest code may be running. True from before the first instruction until after the last."""
+        self.serving = False
+        """Whether the guest waits for a service: it is out of the guest, but what it does is not over."""
         self.kicks = 0
         self._make_cpu = make_cpu
         self._cpu = make_cpu()
@@ -94,8 +96,8 @@ class Vcpu:
                 self._cpu.stop()
 
     def wait_outside(self) -> None:
-        """Return when it is out of the guest. Ask for a pause first."""
-        self._wait(lambda: not self.in_guest, "pause")
+        """Return when it is out of the guest and nobody serves it any more. Ask for a pause first."""
+        self._wait(lambda: not self.in_guest and not self.serving, "pause")
 
     def request_flush(self) -> int | None:
         """Ask for a TLB flush; return a ticket for :meth:`wait_flushed`, or None if it is sure to come before guest code runs."""
@@ -148,17 +150,30 @@ class Vcpu:
     def _loop(self) -> None:
         while self._enter():
             outcome: VcpuState = VcpuState.READY
+            service: Service | None = None
             error: BaseException | None = None
             try:
-                if self._cpu.run() is CpuExit.HALTED:
+                reason = self._cpu.run()
+                if reason is CpuExit.HALTED:
                     outcome = VcpuState.HALTED
+                elif not isinstance(reason, CpuExit):
+                    service = reason
             except BaseException as caught:  # noqa: BLE001 - kept for whoever asks: a thread has nobody to raise it to
                 outcome, error = VcpuState.FAULTED, caught
-            with self._changed:
-                self.in_guest = False
-                if self.state is VcpuState.READY:
-                    self.state, self.error = outcome, error
-                self._changed.notify_all()
+            self._left(outcome, error, serving=service is not None)
+            if service is not None:
+                try:
+                    service()
+                except BaseException as caught:  # noqa: BLE001 - the same
+                    outcome, error = VcpuState.FAULTED, caught
+                self._left(outcome, error, serving=False)
+
+    def _left(self, state: VcpuState, error: BaseException | None, *, serving: bool) -> None:
+        with self._changed:
+            self.in_guest, self.serving = False, serving
+            if self.state is VcpuState.READY:
+                self.state, self.error = state, error
+            self._changed.notify_all()
 
     def _enter(self) -> bool:
         """Serve requests and wait until it may run; return False when it is closed."""

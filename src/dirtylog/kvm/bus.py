@@ -31,12 +31,12 @@ class BusAccess:
         return int.from_bytes(self.data, "little")
 
 
-Handler = "Callable[[BusAccess], bytes | None]"
-"""Called on the vCPU's thread, which waits. It returns the answer to a read; an exception ends the vCPU with that error."""
-
-
 class Bus:
-    """The devices of a machine. Attach them before the guest runs; an access that nothing answers is a guest fault."""
+    """The devices of a machine. Attach them before the guest runs; an access that nothing answers is a guest fault.
+
+    A handler is called on the thread of the vCPU, which waits outside the guest. It returns the answer to a read; an exception
+    ends the vCPU with that error. It may get the log, but not pause the machine, for a pause waits for it.
+    """
 
     def __init__(self) -> None:
         self._ports: dict[int, Callable[[BusAccess], bytes | None]] = {}

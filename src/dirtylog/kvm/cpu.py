@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dirtylog.errors import GuestFaultError
@@ -22,6 +23,7 @@ from dirtylog.kvm.exits import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dirtylog.guests.cpu import Service
     from dirtylog.kvm.arch.architecture import Architecture
     from dirtylog.kvm.bus import Bus
     from dirtylog.kvm.vcpu import KvmVcpu
@@ -49,22 +51,20 @@ class KvmCpu:
         """Address of the next instruction; not while it runs."""
         return self._architecture.pc(self.vcpu)
 
-    def run(self) -> CpuExit:
-        """Run the guest and serve its exits until it halts or is stopped."""
-        while True:
-            reason = self.vcpu.run()
-            self.exits += 1
-            match reason:
-                case Interrupted():
-                    return CpuExit.STOPPED
-                case Halted():
-                    return CpuExit.HALTED
-                case DirtyRingFull():
-                    self._ring_full(self.vcpu.index)
-                case IoAccess() | MmioAccess():
-                    self._serve(reason)
-                case _:
-                    raise self._fault(reason)
+    def run(self) -> CpuExit | Service:
+        """Run the guest until it halts, is stopped, or waits for a service: room in its ring, or a device."""
+        reason = self.vcpu.run()
+        self.exits += 1
+        match reason:
+            case Interrupted():
+                return CpuExit.STOPPED
+            case Halted():
+                return CpuExit.HALTED
+            case DirtyRingFull():
+                return partial(self._ring_full, self.vcpu.index)
+            case IoAccess() | MmioAccess():
+                return partial(self._serve, reason)
+        raise self._fault(reason)
 
     def stop(self) -> None:
         """Make :meth:`run` return at once. A call that comes before it is not lost."""
