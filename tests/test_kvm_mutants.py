@@ -28,8 +28,8 @@ RAM, HIGH = 0, 300
 def lost_pages(log: str, *, ring_entries: int = 65536) -> set[int]:
     """Run the scenario and return the pages that a consumer of the log did not get in their last state; below 0, of the other slot.
 
-    What it cannot see on every host is a page that is not protected again: a KVM that interprets its guest marks each store. The model
-    of the ring can (test_kvm_ring.py).
+    What it cannot see on every host is a page that is not protected again: a KVM that interprets its guest marks each store.
+    The model of the ring can (test_kvm_ring.py).
     """
     with KvmScene(log, npages=8259, ring_entries=ring_entries) as scene:
         scene.memory.add_slot(HIGH, 1 << 20, 70)
