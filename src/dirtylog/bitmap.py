@@ -27,6 +27,8 @@ _TOP = np.uint64(63)
 _NOTHING = DirtyWords(np.empty(0, np.int64), np.empty(0, np.uint64))
 # A bitmap keeps only its non-zero words while they are fewer than one in so many.
 _SPARSE = 8
+# Up to so many words it is not worth to look for the zeros.
+_SMALL = 512
 
 
 class DirtyBitmap:
@@ -68,8 +70,9 @@ class DirtyBitmap:
     def over(cls, npages: int, words: NDArray[np.uint64]) -> Self:
         """Return a bitmap over all its words, uint64[ceil(npages / 64)], which are not copied unless few of them are not zero."""
         bitmap = cls(npages)
-        nonzero = np.count_nonzero(words)
-        if nonzero * _SPARSE >= len(words):
+        if len(words) <= _SMALL:
+            bitmap._words = words
+        elif (nonzero := np.count_nonzero(words)) * _SPARSE >= len(words):
             bitmap._words = words
         elif nonzero:
             bitmap._sparse = _nonzero_of(words)

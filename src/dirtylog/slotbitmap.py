@@ -97,8 +97,10 @@ class SlotBitmap:
         """
         self.give_back()
         self._taken = _WHOLE
+        # Before the fetch, for nobody marks meanwhile: what comes after a kernel's walk of its tables finds cold caches.
+        marked = np.count_nonzero(self._flags)
         fetch(slot, self._snapshot)
-        if np.count_nonzero(self._flags):
+        if marked:
             index = np.flatnonzero(self._flags)
             self._snapshot[index] |= self._current[index]
             self._current[index] = 0
