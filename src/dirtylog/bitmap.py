@@ -70,9 +70,7 @@ class DirtyBitmap:
     def over(cls, npages: int, words: NDArray[np.uint64]) -> Self:
         """Return a bitmap over all its words, uint64[ceil(npages / 64)], which are not copied unless few of them are not zero."""
         bitmap = cls(npages)
-        if len(words) <= _SMALL:
-            bitmap._words = words
-        elif (nonzero := np.count_nonzero(words)) * _SPARSE >= len(words):
+        if len(words) <= _SMALL or (nonzero := np.count_nonzero(words)) * _SPARSE >= len(words):
             bitmap._words = words
         elif nonzero:
             bitmap._sparse = _nonzero_of(words)
