@@ -85,11 +85,17 @@ class DirtyRing:
             span[:] = abi.GFN_RESET
 
     def rewind(self) -> bool:
-        """Go back to the first entry that the kernel has not reset yet; return whether there was one."""
-        free = np.flatnonzero(np.concatenate(list(self._spans(self._flags, self.size))) == 0)
+        """Go back to the first entry that the kernel has not reset; return whether it has written over such entries.
+
+        A harvest that was interrupted leaves them with the flag that it gave them, from the first on.
+        """
+        flags = np.concatenate(list(self._spans(self._flags, self.size)))
+        free = np.flatnonzero(flags == 0)
         left = self.size - 1 - int(free[-1]) if len(free) else self.size
         self.fetch -= left
-        return left > 0
+        written_over = left > 0 and not self._flags[self.fetch % self.size] & abi.GFN_RESET
+        self.overflowed |= written_over
+        return written_over
 
     def _spans(self, array: NDArray[np.generic], count: int) -> Iterator[NDArray[np.generic]]:
         """Yield views of the next ``count`` items: one, or two where the ring ends between them."""

@@ -99,6 +99,8 @@ class KvmRingPort(KvmPort, SyncPort):
         self._rings: list[DirtyRing] = []
         # Whether a collection has begun and not come to its end.
         self._unfinished = False
+        # Whether entries were lost, and every page has still to be reported for it.
+        self._all_due = False
         # By vCPU: how much had been harvested when it last came with a full ring in which there was nothing.
         self._empty_at: dict[int, int] = {}
         self._collector: threading.Thread | None = None
@@ -138,27 +140,29 @@ class KvmRingPort(KvmPort, SyncPort):
 
     def collect(self) -> int:
         """Harvest every ring, mark, and reset; return how many entries there were. Called with mmu_lock held."""
-        if self._unfinished:
-            self._rewind()
-        self._unfinished = True
         total = 0
         for _ in range(_DRAIN_TRIES):
+            if self._unfinished:
+                # Interrupted; or the kernel wrote over entries after they were harvested, and stops its reset there.
+                for ring in self._rings:
+                    self._all_due |= ring.rewind()
+            self._unfinished = True
             harvest = [(ring, ring.waiting()) for ring in self._rings]
+            self._all_due |= any(len(entries) == ring.size for ring, entries in harvest)
             for _, entries in harvest:
                 self._mark(entries)
             for ring, entries in harvest:
                 ring.harvest(len(entries))
             count = sum(len(entries) for _, entries in harvest)
             whole = self._reset(count)
-            if not whole or any(len(entries) == ring.size for ring, entries in harvest):
+            self._all_due |= not whole
+            if self._all_due:
                 self._report_everything()
             self.stats.harvested += count
             total += count
             if whole:
                 self._unfinished = False
                 break
-            # The kernel wrote over entries after they were harvested, and stops its reset there.
-            self._rewind()
         return total
 
     def ring_full(self, vcpu: int) -> None:
@@ -213,16 +217,12 @@ class KvmRingPort(KvmPort, SyncPort):
                 return False
         return True
 
-    def _rewind(self) -> None:
-        for ring in self._rings:
-            ring.overflowed |= ring.rewind()
-
     def _skip(self, ring: DirtyRing, count: int) -> None:
         """Go over part of a gap that is so long that its vCPU may not run, and so cannot show where it ends."""
         self._report_everything()
-        ring.overflowed = True
+        ring.overflowed = self._unfinished = True
         ring.harvest(count)
-        self._reset(count)
+        self._unfinished = not self._reset(count)
         self.stats.harvested += count
 
     def _report_everything(self) -> None:
@@ -241,6 +241,7 @@ class KvmRingPort(KvmPort, SyncPort):
                 slot.flags = flags
                 self.place(slot)
                 bitmap.merge(words_of_range(0, slot.npages))
+        self._all_due = False
 
     def _collect_for_ever(self) -> None:
         share = max(1, self.entries // _SHARE)
