@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dirtylog.memslot import MemorySlot
+S = TypeVar("S")
 
 _WHOLE = slice(None)
 _LINE_BYTES = 64
@@ -89,8 +89,8 @@ class SlotBitmap:
         self._flags[index] = self._current[index] != 0
         return DirtyWords(index, snapshot)
 
-    def receive(self, slot: MemorySlot, fetch: Callable[[MemorySlot, NDArray[np.uint64]], None]) -> DirtyBitmap:
-        """Let ``fetch`` write a whole bitmap straight into the snapshot, and add what is marked here. Good until :meth:`commit`.
+    def receive(self, slot: S, fetch: Callable[[S, NDArray[np.uint64]], None]) -> DirtyBitmap:
+        """Let ``fetch(slot, words)`` write a whole bitmap straight into the snapshot, and add what is marked here. Good until :meth:`commit`.
 
         For a port behind which a kernel keeps the bitmap: here are only the marks of this process. A fetch that is interrupted
         may leave bits of the snapshot before it, which are then reported again.
