@@ -1,9 +1,10 @@
 """Measure dirtylog. Every figure stands beside its anchor, measured in the same run in turn with it, as median [min - max].
 
-Times are CPU time of the measuring thread, which does all the work; where vCPUs run beside it, they are elapsed time.
+Times are CPU time of the measuring thread, which does all the work; where vCPUs run beside it, and in KVM guests, they are elapsed time.
 
 Targets are recorded, not asserted: a missed one is printed, and the exit status is 0 all the same. It is not 0 when a
-measurement itself is broken, such as a guest that faults or a get that finds other pages than were written.
+measurement itself is broken, such as a guest that faults or a get that finds other pages than were written. Benchmarks of KVM
+guests are skipped where there can be none; they need Linux, an x86_64 processor and permission to use /dev/kvm.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +41,12 @@ BENCHMARKS: dict[str, Callable[..., Section]] = {
     "allocation": allocation,
     "flushes": flushes,
 }
+if sys.platform == "linux":
+    from kvm_gets import kvm_gets
+    from kvm_ring import kvm_ring
+    from kvm_stores import kvm_stores
+
+    BENCHMARKS |= {"kvm-gets": kvm_gets, "kvm-ring": kvm_ring, "kvm-stores": kvm_stores}
 
 
 def machine() -> dict[str, str]:
@@ -64,7 +72,7 @@ def machine() -> dict[str, str]:
 def main() -> None:
     """Run the benchmarks and print their tables and targets."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, half a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, about a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file, too")
     parser.add_argument("--only", choices=BENCHMARKS, action="append", help="run just this benchmark; may be repeated")
     options = parser.parse_args()

@@ -90,7 +90,7 @@ class SlotBitmap:
         return DirtyWords(index, snapshot)
 
     def receive(self, slot: S, fetch: Callable[[S, NDArray[np.uint64]], None]) -> DirtyBitmap:
-        """Let ``fetch(slot, words)`` write a whole bitmap straight into the snapshot, and add what is marked here. Good until :meth:`commit`.
+        """Let ``fetch(slot, words)`` write the whole snapshot, and add what is marked here. Good until :meth:`commit`.
 
         For a port behind which a kernel keeps the bitmap: here are only the marks of this process. A fetch that is interrupted
         may leave bits of the snapshot before it, which are then reported again.
