@@ -49,6 +49,11 @@ class Image:
     halt: int | None = None
     isa: str | None = None
 
+    def __post_init__(self) -> None:
+        for name, address in (("entry", self.entry), ("halt", self.halt or 0)):
+            if not 0 <= address < 1 << 64:
+                raise InvalidArgumentError(f"the image's {name} {address:#x} is no address: addresses have 64 bits")
+
     @classmethod
     def raw(cls, data: bytes, *, load: int = 0, entry: int | None = None, halt: int | None = None) -> Image:
         """Return an image of machine code that lies at guest-physical ``load`` and is entered there, or at ``entry``."""
@@ -63,8 +68,9 @@ class Image:
         """
         try:
             data = Path(path).read_bytes()
-        except OSError as error:
-            raise InvalidArgumentError(f"cannot read the image {str(path)!r}", reason=error.strerror) from error
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise InvalidArgumentError(f"cannot read the image {str(path)!r}", reason=reason) from error
         if not data.startswith(ELF_MAGIC):
             return cls.raw(data, load=load or 0, entry=entry, halt=halt)
         if load is not None:

@@ -91,7 +91,7 @@ class Machine(ABC, Generic[P_co]):
     def load(self, address: int, data: bytes, nbytes: int | None = None) -> None:
         """Copy a program to a guest-physical address, and zeros after it up to ``nbytes``; unlogged, before the guest runs."""
         nbytes = len(data) if nbytes is None else nbytes
-        slot, offset = self.locate(address, nbytes, f"a program of {nbytes} bytes does not fit at address {address:#x}")
+        slot, offset = self.locate(address, nbytes, _no_room(nbytes, address))
         flat = self.contents(slot).reshape(-1)
         flat[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
         flat[offset + len(data) : offset + nbytes] = 0
@@ -99,6 +99,9 @@ class Machine(ABC, Generic[P_co]):
     def load_segments(self, segments: tuple[Segment, ...]) -> None:
         """Load an image."""
         for segment in segments:
+            slot, _ = self.locate(segment.address, segment.nbytes, _no_room(segment.nbytes, segment.address))
+            if slot.readonly:
+                raise InvalidArgumentError(f"{_no_room(segment.nbytes, segment.address)}: the guest's own tables lie there")
             self.load(*segment)
 
     def locate(self, address: int, nbytes: int, refusal: str) -> tuple[MemorySlot, int]:
@@ -165,3 +168,7 @@ class Machine(ABC, Generic[P_co]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _no_room(nbytes: int, address: int) -> str:
+    return f"a program of {nbytes} bytes does not fit at address {address:#x}"

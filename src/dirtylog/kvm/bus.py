@@ -60,17 +60,22 @@ class Bus:
         self._ranges.append((address, nbytes, handler))
 
     def access(self, vcpu: int, exit_: IoAccess | MmioAccess) -> bytes | None:
-        """Hand an access to its handler; return the answer to a read, or None if nothing answers this address."""
+        """Hand an access to its handler, item by item; return the answer to a read, or None if nothing answers this address."""
         if isinstance(exit_, IoAccess):
-            handler, offset, nbytes = self._ports.get(exit_.port), 0, exit_.size * exit_.count
+            handler, offset, count = self._ports.get(exit_.port), 0, exit_.count
         else:
-            handler, offset, nbytes = None, 0, exit_.size
+            handler, offset, count = None, 0, 1
             for start, length, one in self._ranges:
-                if start <= exit_.address and exit_.address + nbytes <= start + length:
+                if start <= exit_.address and exit_.address + exit_.size <= start + length:
                     handler, offset = one, exit_.address - start
         if handler is None:
             return None
-        return handler(BusAccess(vcpu, offset, exit_.is_write, nbytes, exit_.data if exit_.is_write else b"")) or b""
+        answers = []
+        for item in range(count):
+            data = exit_.data[item * exit_.size : (item + 1) * exit_.size] if exit_.is_write else b""
+            answer = handler(BusAccess(vcpu, offset, exit_.is_write, exit_.size, data)) or b""
+            answers.append(answer[: exit_.size].ljust(exit_.size, b"\0"))
+        return b"" if exit_.is_write else b"".join(answers)
 
 
 class Doorbell:

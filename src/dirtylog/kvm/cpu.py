@@ -74,11 +74,19 @@ class KvmCpu:
         """Do nothing: the kernel flushes before its calls return. To have left the guest is what empties hardware buffers."""
 
     def _serve(self, access: IoAccess | MmioAccess) -> None:
-        answer = self._bus.access(self.vcpu.index, access)
-        if answer is None:
-            raise self._fault(access)
-        if not access.is_write:
-            self.vcpu.answer(access, answer)
+        """Have devices answer an access to its last piece, and complete it: then nothing is left to be done to guest memory."""
+        piece: Exit = access
+        while isinstance(piece, (IoAccess, MmioAccess)):
+            answer = self._bus.access(self.vcpu.index, piece)
+            if answer is None:
+                raise self._fault(piece)
+            if not piece.is_write:
+                self.vcpu.answer(piece, answer)
+            # No guest code runs: whoever wanted to stop the vCPU finds it outside the guest.
+            self.vcpu.kick()
+            piece = self.vcpu.run()
+        if piece != Interrupted():
+            raise self._fault(piece)
 
     def _fault(self, reason: Exit) -> GuestFaultError:
         pc = self.pc

@@ -58,16 +58,17 @@ class KvmDescriptor:
         return self._file.closed
 
     def ioctl(self, request: int, argument: Struct | bytearray | int, what: str, *details: object, slot: int | None = None) -> int:
-        """Call the kernel and return what it returns. ``what``, formatted with ``details``, says in an error what was tried.
+        """Call the kernel and return what it returns. ``what``, with ``details`` filled in (%), says in an error what was tried.
 
         Safe: every argument is an integer, or a buffer at least as long as the size in the request, alive during the call.
         """
-        try:
-            return fcntl.ioctl(self.fileno(), request, argument)
-        except InterruptedError:
-            raise
-        except OSError as error:
-            raise kvm_error(error, what.format(*details), slot=slot) from error
+        while True:
+            try:
+                return fcntl.ioctl(self.fileno(), request, argument)
+            except InterruptedError:
+                continue  # a signal, whose handler was called: the kernel wants to be asked again
+            except OSError as error:
+                raise kvm_error(error, what % details, slot=slot) from error
 
     def close(self) -> None:
         """Close it. A second call does nothing."""
@@ -83,5 +84,7 @@ class KvmDescriptor:
 def kvm_error(error: OSError, what: str, *, slot: int | None = None, remedy: str | None = None) -> DirtyLogError:
     """Return the typed error for what the kernel answered."""
     kind = _BY_ERRNO.get(error.errno or 0, DirtyLogError)
+    if kind is BadSlotError and slot is None:
+        kind = InvalidArgumentError
     name = errno.errorcode.get(error.errno or 0, "")
     return kind(what, errno=error.errno, slot=slot, reason=f"KVM says {name}: {error.strerror}", remedy=remedy)

@@ -17,7 +17,7 @@ import mmap
 import signal
 import sys
 import threading
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from dirtylog.errors import DirtyLogError
 from dirtylog.kvm import abi
@@ -48,10 +48,11 @@ class KvmVcpu(KvmDescriptor):
             super().close()
             raise
         self._rings: list[mmap.mmap] = []
-        self._lock = threading.Lock()
-        self._runner: int | None = None
+        # Reentrant, for a handler of a signal may kick the vCPU that its own thread runs.
+        self._lock = threading.RLock()
+        self._runner: _Runner | None = None
         self._kicked = False
-        self._masked_for: int | None = None
+        self._masked_for: _Runner | None = None
 
     def run(self) -> Exit:
         """Run guest code until it needs somebody, and return why (KVM_RUN).
@@ -59,15 +60,18 @@ class KvmVcpu(KvmDescriptor):
         :class:`Interrupted` also when :meth:`kick` was called since the last run. In the thread that calls it the kick's signal
         stays blocked afterwards.
         """
-        thread = threading.get_ident()
-        if thread != self._masked_for:
-            self._mask(thread)
-        fd = self.fileno()
-        with self._lock:
-            if self._runner is not None:
-                raise DirtyLogError(f"vCPU {self.index} is being run by another thread", remedy="a vCPU has one runner at a time")
-            self._runner = thread
+        runner = _this_thread()
+        mine = False
         try:
+            with self._lock:
+                if self._runner is not None:
+                    raise DirtyLogError(
+                        f"vCPU {self.index} is being run by another thread", remedy="a vCPU has one runner at a time"
+                    )
+                self._runner, mine = runner, True
+            fd = self.fileno()
+            if self._masked_for is not runner:
+                self._let_in(runner)
             fcntl.ioctl(fd, abi.KVM_RUN, 0)
         except InterruptedError:
             self._take_kick()
@@ -75,25 +79,34 @@ class KvmVcpu(KvmDescriptor):
         except OSError as error:
             raise kvm_error(error, f"cannot run vCPU {self.index}") from error
         finally:
-            with self._lock:
-                self._runner = None
+            if mine:
+                with self._lock:
+                    self._runner = None
         return decode_exit(self._run, int.from_bytes(self._run[_EXIT_REASON : _EXIT_REASON + 4], sys.byteorder))
 
     def kick(self) -> None:
-        """Make the :meth:`run` that is under way, or else the next one, return :class:`Interrupted` at once."""
+        """Make the :meth:`run` that is under way, or else the next one, return :class:`Interrupted` at once.
+
+        Where the run under way is just leaving by itself, it is the next one.
+        """
         with self._lock:
             if self._kicked or self.closed:
                 return
             self._kicked = True
             self._run[_IMMEDIATE_EXIT] = 1
             if self._runner is not None:
-                # Safe: the runner is in run(), and cannot leave it without this lock.
-                signal.pthread_kill(self._runner, KICK_SIGNAL)
+                # Safe: the runner is in run(), with the signal blocked, and cannot leave it without this lock.
+                signal.pthread_kill(self._runner.thread, KICK_SIGNAL)
 
     def complete(self) -> None:
-        """Complete the access that the last exit left, so that the registers show it. No guest code runs."""
-        self.kick()
-        self.run()
+        """Complete the access that the last exit left, so that the registers show it. No guest code runs.
+
+        An access that KVM splits goes on piece by piece: those that nobody has answered read as zeros, and writes go nowhere.
+        """
+        while True:
+            self.kick()
+            if self.run() == Interrupted():
+                return
 
     def get(self, kind: type[_S]) -> _S:
         """Return registers of this kind, a struct of :mod:`dirtylog.kvm.arch`. It must not be running."""
@@ -107,6 +120,7 @@ class KvmVcpu(KvmDescriptor):
 
     def answer(self, access: IoAccess | MmioAccess, data: bytes) -> None:
         """Answer a read that an exit asked for; shorter data are filled up with zeros."""
+        self.fileno()  # an error when it is closed
         answer_exit(self._run, access, data)
 
     def map_ring(self, offset_pages: int, nbytes: int) -> mmap.mmap:
@@ -129,17 +143,35 @@ class KvmVcpu(KvmDescriptor):
 
     def _take_kick(self) -> None:
         with self._lock:
-            if self._kicked:
-                self._kicked = False
-                self._run[_IMMEDIATE_EXIT] = 0
-                while signal.sigtimedwait((KICK_SIGNAL,), 0) is not None:
-                    pass
+            # The signal even when nobody kicked this vCPU: it may be left from a kick of another that this thread ran before, and
+            # would end every run.
+            while signal.sigtimedwait((KICK_SIGNAL,), 0) is not None:
+                pass
+            self._run[_IMMEDIATE_EXIT] = 0
+            self._kicked = False  # last: a kick that comes before this is part of the one that is taken
 
-    def _mask(self, thread: int) -> None:
-        """Block the kick's signal in this thread, and let in during KVM_RUN whatever else the thread lets in."""
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (KICK_SIGNAL,)) - {KICK_SIGNAL}
+    def _let_in(self, runner: _Runner) -> None:
+        """Let in during KVM_RUN the kick's signal, and whatever else this thread lets in."""
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ()) - {KICK_SIGNAL}
         bits = sum(1 << number - 1 for number in blocked)
         mask = abi.SignalMask(len=abi.SIGSET_BYTES)
         mask.sigset[:] = list(bits.to_bytes(abi.SIGSET_BYTES, sys.byteorder))
         self.ioctl(abi.KVM_SET_SIGNAL_MASK, mask, f"cannot set the signal mask of vCPU {self.index}")
-        self._masked_for = thread
+        self._masked_for = runner
+
+
+class _Runner(NamedTuple):
+    """A thread that runs vCPUs, and blocks the kick's signal. One object for each: the system uses thread numbers again."""
+
+    thread: int
+
+
+_runners = threading.local()
+
+
+def _this_thread() -> _Runner:
+    runner: _Runner | None = getattr(_runners, "this", None)
+    if runner is None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (KICK_SIGNAL,))
+        runner = _runners.this = _Runner(threading.get_ident())
+    return runner

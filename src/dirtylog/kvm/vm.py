@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dirtylog.errors import InvalidArgumentError
 from dirtylog.kvm import abi
 from dirtylog.kvm.descriptor import KvmDescriptor
 from dirtylog.kvm.vcpu import KvmVcpu
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
     from dirtylog.kvm.abi import Cap
     from dirtylog.memslot import SlotFlags
+
+
+_MAX_INT = (1 << 31) - 1
 
 
 class KvmVm(KvmDescriptor):
@@ -35,6 +39,10 @@ class KvmVm(KvmDescriptor):
 
     def create_vcpu(self, index: int) -> KvmVcpu:
         """Return a new vCPU. It goes with its VM: a number cannot be used again."""
+        if not 0 <= index <= _MAX_INT:
+            raise InvalidArgumentError(
+                f"cannot create vCPU {index}", reason="numbers begin at 0, and KVM_CAP_MAX_VCPU_ID ends them"
+            )
         fd = self.ioctl(abi.KVM_CREATE_VCPU, index, f"cannot create vCPU {index}")
         return KvmVcpu(fd, index, self._run_size)
 
@@ -64,7 +72,7 @@ class KvmVm(KvmDescriptor):
 
     def get_dirty_log_into(self, argument: abi.DirtyLogArgument) -> None:
         """Do the same with an argument that was made before; whoever made it keeps its words alive."""
-        self.ioctl(abi.KVM_GET_DIRTY_LOG, argument, "cannot get the dirty log of slot {:#x}", argument.slot, slot=argument.slot)
+        self.ioctl(abi.KVM_GET_DIRTY_LOG, argument, "cannot get the dirty log of slot %#x", argument.slot, slot=argument.slot)
 
     def clear_dirty_log(self, slot: int, first_page: int, npages: int, words: NDArray[np.uint64]) -> None:
         """Clear and re-protect the pages that are set in ``words``, whose bit 0 is ``first_page`` (KVM_CLEAR_DIRTY_LOG).
