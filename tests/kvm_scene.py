@@ -9,7 +9,7 @@ import numpy as np
 from dirtylog.guests.machine import RAM_SLOT, ROM_SLOT
 from dirtylog.guests.programs import Pattern
 from dirtylog.kvm.arch.x86_64_registers import Regs
-from dirtylog.kvm.exits import DirtyRingFull, Halted
+from dirtylog.kvm.exits import DirtyRingFull, Halted, Interrupted
 from dirtylog.kvm.guest import loop_registers, make_kvm_guest
 from dirtylog.options import KvmOptions, Log
 
@@ -39,8 +39,9 @@ class KvmScene:
         """Run a store loop to its end."""
         cpu = self.memory.cpus[vcpu].vcpu
         cpu.put(Regs(rip=self._entry, rflags=2, **loop_registers(self.memory, pattern)))
-        while (reason := cpu.run()) == DirtyRingFull():
-            self.memory.port.ring_full(vcpu)
+        while isinstance(reason := cpu.run(), (DirtyRingFull, Interrupted)):
+            if reason == DirtyRingFull():
+                self.memory.port.ring_full(vcpu)
         assert reason == Halted(), reason
 
     def store(self, page: int, vcpu: int = 0) -> None:

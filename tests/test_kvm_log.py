@@ -132,7 +132,8 @@ def test_a_get_that_is_interrupted_at_any_point_loses_nothing(log: str) -> None:
             out = DirtyBitmap(NPAGES)
             interrupted = interrupt(lambda log=dirty_log, out=out: log.get(RAM, out), step)  # type: ignore[misc]  # bound early
             found = dirty_log.get(RAM) | out
-            assert found.pages().tolist() == [3, 5, 64, 130], f"interrupted at point {step}"
+            # A ring whose harvest was interrupted has every page reported: the kernel may not have protected all of its own.
+            assert found.pages().tolist() == [3, 5, 64, 130] or (log == "ring" and found.count() == NPAGES), f"at point {step}"
             scene.stores([3, 64, 130])
             assert dirty_log.get(RAM).pages().tolist() == [3, 64, 130], f"interrupted at point {step}: not armed again"
             dirty_log.stop()

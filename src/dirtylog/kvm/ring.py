@@ -9,13 +9,19 @@ not reordered with one another; NumPy's passes over the flags and over the entri
 
 *Overflow.* The kernel keeps some entries in reserve above the limit at which a vCPU has to leave the guest. Some hosts run on
 far past that limit (seen on one that runs guests without hardware virtualization: up to 450 entries too many), and then the kernel
-writes over entries that nobody has harvested. Those pages are lost for the ring: neither known nor protected again. Such a ring
-is one in which no entry is free, which a kernel that keeps its reserve never lets happen. After it the kernel's place of the next
-entry is some way ahead of where its own reset has come to, and it waits for the entries in between, which are free already: a gap.
+writes over entries that it has not reset. The pages that were there are lost for the ring: neither known nor protected again.
+
+*How an overflow shows.* Entries are used in order, so the entry before the next one to be harvested is the last of the ring to be
+used. While it is free, the kernel has not come round: nothing has been written over since it was last seen free. Where it is not,
+something may have been.
+
+*After one* the kernel's place for the next entry is ahead of where its reset has come to, by entries that are free already, for
+they were reset once: a gap, for whose reset the kernel waits. How long it is shows when the next entry is written behind it.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,83 +29,90 @@ import numpy as np
 from dirtylog.kvm import abi
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
 
 _FIRST_PROBE = 64
+# No slot has this id: the kernel skips such an entry, and takes it into no batch with another.
+_NO_SLOT = 0xFFFF_FFFF
 
 
 class DirtyRing:
-    """One ring over its memory, an array of DIRTY_GFN whose length is a power of two.
+    """One ring over its memory, an array of DIRTY_GFN whose length is a power of two. Whoever calls holds mmu_lock.
 
-    ``fetch`` is the number of entries harvested so far; the next is at ``fetch % size``. Whoever calls holds mmu_lock.
+    ``hold`` keeps the ring's vCPU out of the guest. ``next`` counts the entries that the kernel has reset: the first that it
+    has not is at ``next % size``. ``given`` of them are harvested.
     """
 
-    def __init__(self, entries: NDArray[np.void]) -> None:
+    def __init__(self, entries: NDArray[np.void], hold: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
         self.size = len(entries)
-        self.fetch = 0
-        self.overflowed = False
-        """Whether entries have been lost, so that there may be a gap of free entries before the next dirty one."""
+        self.hold = hold
+        self.next = 0
+        self.given = 0
+        self.gap = False
+        """Whether there may be a gap at ``next``."""
         self._entries = entries
         self._flags: NDArray[np.uint32] = entries["flags"]
 
     def reaches(self, count: int) -> bool:
         """Return whether at least ``count`` entries wait to be harvested, by one look."""
-        return bool(self._flags[(self.fetch + count - 1) % self.size])
+        return bool(self._flags[(self.next + count - 1) % self.size])
 
-    def waiting(self) -> NDArray[np.void]:
-        """Return a copy of the entries that wait to be harvested, in order; after a rewind, those that wait for the reset too.
+    def came_round(self, start: int) -> bool:
+        """Return whether the kernel may have come round to the entry at ``start``, the first one not reset at that time."""
+        return bool(self._flags[(start - 1) % self.size])
 
-        After an overflow those of a gap are, too: they hold pages from before, and a page reported again is legal.
-        """
-        start = 0
-        if self.overflowed and not self._flags[self.fetch % self.size]:
-            ahead = np.flatnonzero(np.concatenate(list(self._spans(self._flags, self.size))))
-            if not len(ahead):
-                return self._entries[:0]
-            start = int(ahead[0])
-        # The flags of more and more entries, until one is free: so the cost goes with what is dirty, not with the ring.
-        count = min(start + _FIRST_PROBE, self.size)
-        while count < self.size and self._flags[(self.fetch + count - 1) % self.size]:
+    def waiting(self) -> int:
+        """Return how many entries follow one another from ``next`` on. The cost goes with their number, not with the ring."""
+        count = min(_FIRST_PROBE, self.size)
+        while count < self.size and self.reaches(count):
             count = min(2 * count, self.size)
-        flags = np.concatenate(list(self._spans(self._flags, count)))
-        free = np.flatnonzero(flags[start:] == 0)
-        count = start + int(free[0]) if len(free) else count
-        # Over the gap: from here on entries follow one another again. With none free, there is a gap to come.
-        self.overflowed = count == self.size or (self.overflowed and not start)
-        return self.ahead(count)
+        free = np.flatnonzero(self._flags_ahead(count) == 0)
+        return int(free[0]) if len(free) else count
+
+    def in_use(self) -> int:
+        """Return how many entries from ``next`` on the kernel has in use for sure, those of a gap before others included.
+
+        Only while the vCPU is held.
+        """
+        if self.came_round(self.next):
+            return self.size
+        used = np.flatnonzero(self._flags_ahead(self.size))
+        return int(used[-1]) + 1 if len(used) else 0
 
     def ahead(self, count: int) -> NDArray[np.void]:
-        """Return a copy of the next ``count`` entries, whatever their flags."""
-        return np.concatenate(list(self._spans(self._entries, count)))
+        """Return a copy of the next ``count`` entries."""
+        return np.concatenate([self._entries[part] for part in self._parts(count)])
 
-    def harvest(self, count: int) -> None:
-        """Give the next ``count`` entries to the kernel, to be reset. Their pages are marked before.
+    def give(self, count: int) -> None:
+        """Give the next ``count`` entries, whose pages are marked, to the kernel, to be reset. Those of a gap hold no page."""
+        self.given = count
+        for part in self._parts(count):
+            entries = self._entries[part]
+            entries["slot"][entries["flags"] == 0] = _NO_SLOT
+            entries["flags"] = abi.GFN_RESET
 
-        In this order, so that an interrupt leaves entries behind ``fetch`` that :meth:`rewind` finds.
-        """
-        spans = list(self._spans(self._flags, count))
-        self.fetch += count
-        for span in spans:
-            span[:] = abi.GFN_RESET
+    def taken(self, count: int) -> None:
+        """Learn that the kernel has reset so many of the entries that it was given."""
+        self.next, self.given = self.next + count, self.given - count
 
-    def rewind(self) -> bool:
-        """Go back to the first entry that the kernel has not reset; return whether it has written over such entries.
+    def take_back(self) -> None:
+        """After an interrupt: find out what the kernel has reset, and take the rest back. Only where it has not come round."""
+        left = np.flatnonzero(self._flags_ahead(self.given))
+        self.taken(int(left[0]) if len(left) else self.given)
+        for part in self._parts(self.given):
+            self._flags[part] = abi.GFN_DIRTY
+        self.given = 0
 
-        A harvest that was interrupted leaves them with the flag that it gave them, from the first on.
-        """
-        flags = np.concatenate(list(self._spans(self._flags, self.size)))
-        free = np.flatnonzero(flags == 0)
-        left = self.size - 1 - int(free[-1]) if len(free) else self.size
-        self.fetch -= left
-        written_over = left > 0 and not self._flags[self.fetch % self.size] & abi.GFN_RESET
-        self.overflowed |= written_over
-        return written_over
+    def _flags_ahead(self, count: int) -> NDArray[np.uint32]:
+        """Return a copy of the flags of the next ``count`` entries."""
+        return np.concatenate([self._flags[part] for part in self._parts(count)])
 
-    def _spans(self, array: NDArray[np.generic], count: int) -> Iterator[NDArray[np.generic]]:
-        """Yield views of the next ``count`` items: one, or two where the ring ends between them."""
-        start = self.fetch % self.size
-        yield array[start : start + count]
+    def _parts(self, count: int) -> Iterator[slice]:
+        """Yield where the next ``count`` items lie: in one piece, or in two where the ring ends between them."""
+        start = self.next % self.size
+        yield slice(start, min(start + count, self.size))
         if start + count > self.size:
-            yield array[: start + count - self.size]
+            yield slice(0, start + count - self.size)

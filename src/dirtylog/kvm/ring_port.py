@@ -10,6 +10,7 @@ log) is emptied into the ring only then.
 
 from __future__ import annotations
 
+import signal
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -43,7 +44,6 @@ _SHARE = 4
 # Entries a second that one vCPU may make, for how often the collector looks: a first store costs it half a microsecond at least.
 _ENTRIES_PER_SECOND = 2_000_000
 _RESET_TRIES = 3
-_DRAIN_TRIES = 4
 
 
 @dataclass(slots=True)
@@ -97,12 +97,10 @@ class KvmRingPort(KvmPort, SyncPort):
         self._slots = slots
         self._vcpus = vcpus
         self._rings: list[DirtyRing] = []
-        # Whether a collection has begun and not come to its end.
-        self._unfinished = False
         # Whether entries were lost, and every page has still to be reported for it.
         self._all_due = False
-        # By vCPU: how much had been harvested when it last came with a full ring in which there was nothing.
-        self._empty_at: dict[int, int] = {}
+        # By vCPU: where its ring stood when it last came with a full one.
+        self._stuck_at: dict[int, int] = {}
         self._collector: threading.Thread | None = None
         self._closing = threading.Event()
         self._failure: BaseException | None = None
@@ -111,7 +109,7 @@ class KvmRingPort(KvmPort, SyncPort):
         """Map the ring of a new vCPU."""
         memory = vcpu.map_ring(self._offset_pages, self.entries * abi.DIRTY_GFN.itemsize)
         with self.mmu_lock:
-            self._rings.append(DirtyRing(np.frombuffer(memory, abi.DIRTY_GFN)))
+            self._rings.append(DirtyRing(np.frombuffer(memory, abi.DIRTY_GFN), vcpu.hold))
 
     def start_logging(self, slot: MemorySlot) -> None:
         """Set the slot's flag; the first time, start the collector."""
@@ -128,7 +126,7 @@ class KvmRingPort(KvmPort, SyncPort):
     def sync_dirty_log(self, slot: MemorySlot) -> None:
         """Harvest every ring into the bitmaps, and have the pages protected again."""
         if self._failure is not None:
-            raise CoverageLostError("the collector of the dirty rings has failed", reason=str(self._failure)) from self._failure
+            raise CoverageLostError("the dirty rings can no longer be harvested", reason=str(self._failure)) from self._failure
         leave_guest(self._vcpus)
         with self.mmu_lock:
             self.collect()
@@ -139,44 +137,34 @@ class KvmRingPort(KvmPort, SyncPort):
                 slot.dirty_bitmap.merge_all(words)
 
     def collect(self) -> int:
-        """Harvest every ring, mark, and reset; return how many entries there were. Called with mmu_lock held."""
-        total = 0
-        for _ in range(_DRAIN_TRIES):
-            if self._unfinished:
-                # Interrupted; or the kernel wrote over entries after they were harvested, and stops its reset there.
-                for ring in self._rings:
-                    self._all_due |= ring.rewind()
-            self._unfinished = True
-            harvest = [(ring, ring.waiting()) for ring in self._rings]
-            self._all_due |= any(len(entries) == ring.size for ring, entries in harvest)
-            for _, entries in harvest:
-                self._mark(entries)
-            for ring, entries in harvest:
-                ring.harvest(len(entries))
-            count = sum(len(entries) for _, entries in harvest)
-            whole = self._reset(count)
-            self._all_due |= not whole
-            if self._all_due:
-                self._report_everything()
-            self.stats.harvested += count
-            total += count
-            if whole:
-                self._unfinished = False
-                break
-        return total
+        """Harvest every ring, mark, and reset; return how many entries there were. Called with mmu_lock held.
+
+        Ring after ring, so that what the kernel says it has reset is of one ring: that is how its place in each is known.
+        """
+        for ring in self._rings:
+            if ring.given:
+                self._resume(ring)
+        before = self.stats.harvested
+        for ring in self._rings:
+            self._harvest(ring)
+        if self._all_due:
+            self._report_everything()
+        return self.stats.harvested - before
 
     def ring_full(self, vcpu: int) -> None:
         """Make room for a vCPU that may not go on before there is some. Called on its thread, which waits."""
         with self.mmu_lock:
             self.stats.full_exits += 1
-            before = self.stats.harvested
-            if self.collect():
-                return
+            ring = self._rings[vcpu]
+            before = ring.next
+            self.collect()
             # Full, and nothing to harvest: either somebody harvested since it left the guest; or, when it comes back full and
-            # nobody has, the entries in use are a gap. Then a quarter of the ring is less than what is in use.
-            if self._empty_at.get(vcpu) == before:
-                self._skip(self._rings[vcpu], self.entries // _SHARE)
-            self._empty_at[vcpu] = before
+            # nobody has, a gap is so long that the vCPU may not run, and so cannot show where it ends. It is more than a quarter.
+            if ring.next == before and self._stuck_at.get(vcpu) == before:
+                self._all_due = ring.gap = True
+                self._give(ring, ring.size // _SHARE)
+                self._report_everything()
+            self._stuck_at[vcpu] = ring.next
 
     def end_collector(self) -> None:
         """End the collector for good: from now on only gets and vCPUs that are full harvest."""
@@ -204,26 +192,54 @@ class KvmRingPort(KvmPort, SyncPort):
                 break
             entries = entries[~ours]
 
-    def _reset(self, count: int) -> bool:
-        """Have ``count`` harvested entries reset; return False if the kernel does not find all of them."""
-        tries = 0
-        while count > 0:
-            # A signal ends a reset early: what is left is done by the next.
-            done = self._vm.reset_dirty_rings()
-            self.stats.resets += 1
-            count -= done
-            tries = 0 if done else tries + 1
-            if tries == _RESET_TRIES:
-                return False
-        return True
+    def _harvest(self, ring: DirtyRing) -> None:
+        start = ring.next
+        if ring.gap:
+            if ring.in_use():
+                self._recover(ring)
+            return
+        count = ring.waiting()
+        if not count:
+            return
+        self._mark(ring.ahead(count))
+        self._give(ring, count)
+        if count == ring.size or ring.came_round(start):
+            self._all_due = ring.gap = True
+            self._recover(ring)
 
-    def _skip(self, ring: DirtyRing, count: int) -> None:
-        """Go over part of a gap that is so long that its vCPU may not run, and so cannot show where it ends."""
-        self._report_everything()
-        ring.overflowed = self._unfinished = True
-        ring.harvest(count)
-        self._unfinished = not self._reset(count)
-        self.stats.harvested += count
+    def _recover(self, ring: DirtyRing) -> None:
+        """Get into step with the kernel again: with its vCPU held, the last entry in use is the last that was written."""
+        with ring.hold():
+            count = ring.in_use()
+            if count == ring.size:
+                self._all_due = True
+            self._mark(ring.ahead(count))
+            self._give(ring, count)
+            ring.gap = count in (0, ring.size)
+
+    def _give(self, ring: DirtyRing, count: int) -> None:
+        """Have the next ``count`` entries of a ring reset."""
+        ring.give(count)
+        tries = 0
+        while ring.given and tries < _RESET_TRIES:
+            done = _without_signals(self._vm.reset_dirty_rings)
+            ring.taken(done)
+            self.stats.resets += 1
+            self.stats.harvested += done
+            tries = 0 if done else tries + 1
+            # It ended early. Since Linux 6.17 the pages that it had gathered until then may not be protected.
+            self._all_due |= ring.given > 0
+        # What is left the kernel has written over, and does not take for harvested: as if it had never been given.
+        ring.take_back()
+
+    def _resume(self, ring: DirtyRing) -> None:
+        """Go on where a harvest was interrupted."""
+        self._all_due = True
+        if ring.given == ring.size or ring.came_round(ring.next):
+            # Then nobody can tell what of it the kernel has reset.
+            self._failure = CoverageLostError("a harvest of a dirty ring was interrupted while the ring was full")
+            raise self._failure
+        ring.take_back()
 
     def _report_everything(self) -> None:
         """Protect every page of every logged slot, and mark it: entries were lost, and nobody knows which."""
@@ -244,6 +260,7 @@ class KvmRingPort(KvmPort, SyncPort):
         self._all_due = False
 
     def _collect_for_ever(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         share = max(1, self.entries // _SHARE)
         interval = min(max(share / _ENTRIES_PER_SECOND, 0.001), 0.01)
         try:
@@ -253,3 +270,12 @@ class KvmRingPort(KvmPort, SyncPort):
                         self.collect()
         except BaseException as error:  # noqa: BLE001 - kept for the next get: a thread has nobody to raise it to
             self._failure = error
+
+
+def _without_signals(call: Callable[[], int]) -> int:
+    """Call with every signal blocked: one that ends a reset behind its last entry would leave pages unprotected and unknown."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        return call()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -17,7 +17,8 @@ import mmap
 import signal
 import sys
 import threading
-from typing import NamedTuple, TypeVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from dirtylog.errors import DirtyLogError
 from dirtylog.kvm import abi
@@ -28,6 +29,9 @@ from dirtylog.kvm.layout import Struct, offset_of
 
 KICK_SIGNAL = signal.SIGRTMIN + 4
 """Sent to the one thread that runs the vCPU, and blocked there but in KVM_RUN. A real-time signal that nothing known here uses."""
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _S = TypeVar("_S", bound=Struct)
 
@@ -52,6 +56,7 @@ class KvmVcpu(KvmDescriptor):
         self._lock = threading.RLock()
         self._runner: _Runner | None = None
         self._kicked = False
+        self._guest = threading.Lock()
         self._masked_for: _Runner | None = None
 
     def run(self) -> Exit:
@@ -72,7 +77,8 @@ class KvmVcpu(KvmDescriptor):
             fd = self.fileno()
             if self._masked_for is not runner:
                 self._let_in(runner)
-            fcntl.ioctl(fd, abi.KVM_RUN, 0)
+            with self._guest:
+                fcntl.ioctl(fd, abi.KVM_RUN, 0)
         except InterruptedError:
             self._take_kick()
             return Interrupted()
@@ -97,6 +103,13 @@ class KvmVcpu(KvmDescriptor):
             if self._runner is not None:
                 # Safe: the runner is in run(), with the signal blocked, and cannot leave it without this lock.
                 signal.pthread_kill(self._runner.thread, KICK_SIGNAL)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep it out of the guest: a run that is under way is kicked, one that comes waits."""
+        self.kick()
+        with self._guest:
+            yield
 
     def complete(self) -> None:
         """Complete the access that the last exit left, so that the registers show it. No guest code runs.
