@@ -88,8 +88,8 @@ class CopyFaultError(DirtyLogError):
 class GuestFaultError(DirtyLogError):
     """A guest CPU stopped at an access that nothing answers.
 
-    ``pc`` is the address of the instruction, ``address`` the guest-physical address that it tried (None when the fault was
-    not an access), ``architecture`` the guest's.
+    ``pc`` is the address of the instruction (KVM may have gone on to the next one), ``address`` the guest-physical address that
+    it tried (None when the fault was not an access), ``architecture`` the guest's.
     """
 
     default_errno = _errno.EFAULT

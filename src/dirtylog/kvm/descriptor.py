@@ -68,7 +68,7 @@ class KvmDescriptor:
             except InterruptedError:
                 continue  # a signal, whose handler was called: the kernel wants to be asked again
             except OSError as error:
-                raise kvm_error(error, what % details, slot=slot) from error
+                raise kvm_error(error, what % details if details else what, slot=slot) from error
 
     def close(self) -> None:
         """Close it. A second call does nothing."""

@@ -190,6 +190,11 @@ class KvmMemory(Machine["KvmBitmapPort | KvmManualPort | KvmRingPort"]):
 
     # --- vCPUs
 
+    def resume(self) -> None:
+        """Let every vCPU that has not halted or faulted run."""
+        self._check_open()
+        super().resume()
+
     def add_vcpu(self, rom: Rom, entry: int, registers: dict[str, int] | None = None) -> Vcpu:
         """Add a vCPU that begins at ``entry`` under the tables of ``rom``, with these registers; only while paused."""
         self._check_open()

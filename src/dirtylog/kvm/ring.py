@@ -86,13 +86,19 @@ class DirtyRing:
         """Return a copy of the next ``count`` entries."""
         return np.concatenate([self._entries[part] for part in self._parts(count)])
 
-    def give(self, count: int) -> None:
-        """Give the next ``count`` entries, whose pages are marked, to the kernel, to be reset. Those of a gap hold no page."""
-        self.given = count
+    def fill(self, count: int) -> None:
+        """Make dirty entries that hold no page of those of a gap that are among the next ``count``: the kernel has them in use."""
         for part in self._parts(count):
             entries = self._entries[part]
-            entries["slot"][entries["flags"] == 0] = _NO_SLOT
-            entries["flags"] = abi.GFN_RESET
+            free = entries["flags"] == 0
+            entries["slot"][free] = _NO_SLOT
+            entries["flags"][free] = abi.GFN_DIRTY
+
+    def give(self, count: int) -> None:
+        """Give the next ``count`` entries, whose pages are marked, to the kernel, to be reset."""
+        self.given = count
+        for part in self._parts(count):
+            self._flags[part] = abi.GFN_RESET
 
     def taken(self, count: int) -> None:
         """Learn that the kernel has reset so many of the entries that it was given."""

@@ -99,6 +99,7 @@ class KvmRingPort(KvmPort, SyncPort):
         self._rings: list[DirtyRing] = []
         # Whether entries were lost, and every page has still to be reported for it.
         self._all_due = False
+        self._copies: dict[MemorySlot, NDArray[np.uint64]] = {}
         # By vCPU: where its ring stood when it last came with a full one.
         self._stuck_at: dict[int, int] = {}
         self._collector: threading.Thread | None = None
@@ -121,6 +122,7 @@ class KvmRingPort(KvmPort, SyncPort):
     def stop_logging(self, slot: MemorySlot) -> None:
         """Clear the slot's flag, and drop what the rings still hold of it."""
         super().stop_logging(slot)
+        self._copies.pop(slot, None)
         self.collect()
 
     def sync_dirty_log(self, slot: MemorySlot) -> None:
@@ -131,10 +133,13 @@ class KvmRingPort(KvmPort, SyncPort):
         with self.mmu_lock:
             self.collect()
             if self._with_bitmap and slot.dirty_bitmap is not None:
-                # Last: what was written without a running vCPU is there, and the kernel's get takes it.
-                words: NDArray[np.uint64] = np.zeros(word_count(slot.npages), np.uint64)
-                self._vm.get_dirty_log(slot.id, words)
-                slot.dirty_bitmap.merge_all(words)
+                # Last: what was written without a running vCPU is there, and the kernel's get takes it. So it stays in the copy
+                # until it is merged, and what an interrupt has left there is merged before the next get writes over it.
+                copy = self._copies.setdefault(slot, np.zeros(word_count(slot.npages), np.uint64))
+                slot.dirty_bitmap.merge_all(copy)
+                self._vm.get_dirty_log(slot.id, copy)
+                slot.dirty_bitmap.merge_all(copy)
+                copy[:] = 0
 
     def collect(self) -> int:
         """Harvest every ring, mark, and reset; return how many entries there were. Called with mmu_lock held.
@@ -162,6 +167,7 @@ class KvmRingPort(KvmPort, SyncPort):
             # nobody has, a gap is so long that the vCPU may not run, and so cannot show where it ends. It is more than a quarter.
             if ring.next == before and self._stuck_at.get(vcpu) == before:
                 self._all_due = ring.gap = True
+                ring.fill(ring.size // _SHARE)
                 self._give(ring, ring.size // _SHARE)
                 self._report_everything()
             self._stuck_at[vcpu] = ring.next
@@ -213,6 +219,7 @@ class KvmRingPort(KvmPort, SyncPort):
             count = ring.in_use()
             if count == ring.size:
                 self._all_due = True
+            ring.fill(count)
             self._mark(ring.ahead(count))
             self._give(ring, count)
             ring.gap = count in (0, ring.size)

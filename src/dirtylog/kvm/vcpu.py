@@ -33,6 +33,9 @@ KICK_SIGNAL = signal.SIGRTMIN + 4
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# How often somebody who holds a vCPU kicks it, in seconds: its runner may be the first to get the lock again.
+_KICK_INTERVAL = 0.0002
+
 _S = TypeVar("_S", bound=Struct)
 
 _EXIT_REASON = offset_of(RunHeader, "exit_reason")
@@ -57,13 +60,13 @@ class KvmVcpu(KvmDescriptor):
         self._runner: _Runner | None = None
         self._kicked = False
         self._guest = threading.Lock()
-        self._masked_for: _Runner | None = None
+        self._masked_for: tuple[_Runner, set[signal.Signals | int]] | None = None
 
     def run(self) -> Exit:
         """Run guest code until it needs somebody, and return why (KVM_RUN).
 
-        :class:`Interrupted` also when :meth:`kick` was called since the last run. In the thread that calls it the kick's signal
-        stays blocked afterwards.
+        :class:`Interrupted` also when :meth:`kick` was called since the last run. In the thread that calls it, and in processes
+        that it starts, the kick's signal stays blocked afterwards.
         """
         runner = _this_thread()
         mine = False
@@ -75,8 +78,7 @@ class KvmVcpu(KvmDescriptor):
                     )
                 self._runner, mine = runner, True
             fd = self.fileno()
-            if self._masked_for is not runner:
-                self._let_in(runner)
+            self._let_in(runner)
             with self._guest:
                 fcntl.ioctl(fd, abi.KVM_RUN, 0)
         except InterruptedError:
@@ -107,9 +109,12 @@ class KvmVcpu(KvmDescriptor):
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Keep it out of the guest: a run that is under way is kicked, one that comes waits."""
-        self.kick()
-        with self._guest:
+        while not self._guest.acquire(timeout=_KICK_INTERVAL):
+            self.kick()
+        try:
             yield
+        finally:
+            self._guest.release()
 
     def complete(self) -> None:
         """Complete the access that the last exit left, so that the registers show it. No guest code runs.
@@ -166,11 +171,13 @@ class KvmVcpu(KvmDescriptor):
     def _let_in(self, runner: _Runner) -> None:
         """Let in during KVM_RUN the kick's signal, and whatever else this thread lets in."""
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ()) - {KICK_SIGNAL}
+        if self._masked_for == (runner, blocked):
+            return
         bits = sum(1 << number - 1 for number in blocked)
         mask = abi.SignalMask(len=abi.SIGSET_BYTES)
         mask.sigset[:] = list(bits.to_bytes(abi.SIGSET_BYTES, sys.byteorder))
         self.ioctl(abi.KVM_SET_SIGNAL_MASK, mask, f"cannot set the signal mask of vCPU {self.index}")
-        self._masked_for = runner
+        self._masked_for = runner, blocked
 
 
 class _Runner(NamedTuple):

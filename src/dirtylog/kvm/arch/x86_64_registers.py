@@ -100,7 +100,7 @@ class Sregs(Struct):
 @registers(get=0x8C, put=0x8D)
 @struct(416)
 class Fpu(Struct):
-    """kvm_fpu: x87 and SSE. It is in the XSAVE area too."""
+    """kvm_fpu: x87 and SSE registers; some kernels leave mxcsr out. The XSAVE area has all of it."""
 
     fpr: Annotated[ctypes.Array[ctypes.c_uint8], ctypes.c_uint8 * 128]
     fcw: U16
@@ -178,6 +178,7 @@ class MpState(Struct):
 
 XSAVE_BYTES = 4096
 """sizeof(struct kvm_xsave). KVM_CAP_XSAVE2 tells how much more there is with features that were asked for."""
+_MOST_XSAVE_BYTES = 64 << 10
 KVM_GET_XSAVE = ioctl_number(Direction.READ, 0xA4, XSAVE_BYTES)
 KVM_SET_XSAVE = ioctl_number(Direction.WRITE, 0xA5, XSAVE_BYTES)
 KVM_GET_XSAVE2 = ioctl_number(Direction.READ, 0xCF, XSAVE_BYTES)
@@ -246,7 +247,8 @@ def set_xsave(vcpu: KvmVcpu, area: bytes) -> None:
     """Set the XSAVE area."""
     if len(area) < XSAVE_BYTES:
         raise InvalidArgumentError(f"an XSAVE area of {len(area)} bytes: it has at least {XSAVE_BYTES}")
-    vcpu.ioctl(KVM_SET_XSAVE, bytearray(area), f"cannot set the FPU of vCPU {vcpu.index}")
+    # Padded, for the kernel reads as many bytes as KVM_CAP_XSAVE2 says on this host.
+    vcpu.ioctl(KVM_SET_XSAVE, bytearray(area.ljust(_MOST_XSAVE_BYTES, b"\0")), f"cannot set the FPU of vCPU {vcpu.index}")
 
 
 def msr_numbers(system: KvmSystem) -> list[int]:
