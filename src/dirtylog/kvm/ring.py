@@ -21,6 +21,7 @@ they were reset once: a gap, for whose reset the kernel waits. How long it is sh
 
 from __future__ import annotations
 
+import enum
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,17 @@ _FIRST_PROBE = 64
 _NO_SLOT = 0xFFFF_FFFF
 
 
+class Place(enum.Enum):
+    """What is known of the kernel's place for its next entry."""
+
+    KNOWN = "known"
+    """It is behind the entries that follow one another from the next to be harvested."""
+    GAP = "gap"
+    """There may be a gap before it. When an entry has been written behind the gap, that is the last one in use."""
+    LOST = "lost"
+    """The kernel may have come round: it may be behind entries that were written over, and then reset for what was there before."""
+
+
 class DirtyRing:
     """One ring over its memory, an array of DIRTY_GFN whose length is a power of two. Whoever calls holds mmu_lock.
 
@@ -51,8 +63,9 @@ class DirtyRing:
         self.hold = hold
         self.next = 0
         self.given = 0
-        self.gap = False
-        """Whether there may be a gap at ``next``."""
+        self.place = Place.KNOWN
+        self.harvested_from: int | None = None
+        """Where the harvest began of which is not known yet whether the kernel has come round."""
         self._entries = entries
         self._flags: NDArray[np.uint32] = entries["flags"]
 

@@ -22,7 +22,7 @@ from dirtylog.guests.vcpu import leave_guest
 from dirtylog.kvm import abi
 from dirtylog.kvm.abi import Cap
 from dirtylog.kvm.ports import KvmPort
-from dirtylog.kvm.ring import DirtyRing
+from dirtylog.kvm.ring import DirtyRing, Place
 from dirtylog.memslot import SlotFlags
 from dirtylog.options import MAX_ENTRIES
 from dirtylog.port import SyncPort
@@ -149,6 +149,7 @@ class KvmRingPort(KvmPort, SyncPort):
         for ring in self._rings:
             if ring.given:
                 self._resume(ring)
+            self._check(ring)
         before = self.stats.harvested
         for ring in self._rings:
             self._harvest(ring)
@@ -166,9 +167,10 @@ class KvmRingPort(KvmPort, SyncPort):
             # Full, and nothing to harvest: either somebody harvested since it left the guest; or, when it comes back full and
             # nobody has, a gap is so long that the vCPU may not run, and so cannot show where it ends. It is more than a quarter.
             if ring.next == before and self._stuck_at.get(vcpu) == before:
-                self._all_due = ring.gap = True
+                self._lose(ring)
                 ring.fill(ring.size // _SHARE)
                 self._give(ring, ring.size // _SHARE)
+                ring.place = Place.GAP
                 self._report_everything()
             self._stuck_at[vcpu] = ring.next
 
@@ -199,30 +201,37 @@ class KvmRingPort(KvmPort, SyncPort):
             entries = entries[~ours]
 
     def _harvest(self, ring: DirtyRing) -> None:
-        start = ring.next
-        if ring.gap:
-            if ring.in_use():
-                self._recover(ring)
-            return
-        count = ring.waiting()
-        if not count:
-            return
-        self._mark(ring.ahead(count))
-        self._give(ring, count)
-        if count == ring.size or ring.came_round(start):
-            self._all_due = ring.gap = True
+        if ring.place is Place.KNOWN and (count := ring.waiting()):
+            self._mark(ring.ahead(count))
+            if count == ring.size:
+                self._lose(ring)
+            ring.harvested_from = ring.next
+            self._give(ring, count)
+            self._check(ring)
+        if ring.place is Place.LOST or (ring.place is Place.GAP and ring.in_use()):
             self._recover(ring)
 
+    def _check(self, ring: DirtyRing) -> None:
+        """See whether the kernel may have come round during the last harvest, and written over entries of it."""
+        if ring.harvested_from is not None:
+            if ring.came_round(ring.harvested_from):
+                self._lose(ring)
+            ring.harvested_from = None
+
+    def _lose(self, ring: DirtyRing) -> None:
+        self._all_due = True
+        ring.place = Place.LOST
+
     def _recover(self, ring: DirtyRing) -> None:
-        """Get into step with the kernel again: with its vCPU held, the last entry in use is the last that was written."""
+        """With its vCPU held, have everything reset that is in use for sure: a step towards the kernel's place."""
         with ring.hold():
             count = ring.in_use()
             if count == ring.size:
-                self._all_due = True
+                self._lose(ring)
             ring.fill(count)
             self._mark(ring.ahead(count))
             self._give(ring, count)
-            ring.gap = count in (0, ring.size)
+            ring.place = Place.KNOWN if ring.place is Place.GAP and count else Place.GAP
 
     def _give(self, ring: DirtyRing, count: int) -> None:
         """Have the next ``count`` entries of a ring reset."""
@@ -281,8 +290,9 @@ class KvmRingPort(KvmPort, SyncPort):
 
 def _without_signals(call: Callable[[], int]) -> int:
     """Call with every signal blocked: one that ends a reset behind its last entry would leave pages unprotected and unknown."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         return call()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
