@@ -14,8 +14,8 @@ from dirtylog import DirtyBitmap, DirtyLog, LoggingOffError, SlotFlags
 from dirtylog.guests.programs import Pattern
 from dirtylog.kvm.guest import make_kvm_guest
 from dirtylog.kvm.memory import KvmRingStats
-from dirtylog.options import KvmOptions, Log
 from dirtylog.kvm.ring_port import KvmRingPort
+from dirtylog.options import KvmOptions, Log
 from kvm_here import needs_kvm
 from kvm_scene import LOGS
 

@@ -293,6 +293,7 @@ def _without_signals(call: Callable[[], int]) -> int:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        return call()
+        result = call()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return result
