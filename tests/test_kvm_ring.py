@@ -164,7 +164,7 @@ class InterruptedRings(Rings):
 
 
 EFFORT = settings(
-    max_examples=60,
+    max_examples=40,
     stateful_step_count=16,
     deadline=None,
     report_multiple_bugs=False,

@@ -115,6 +115,21 @@ def test_an_overflow_at_any_step_of_a_get_loses_nothing(excess: int, gap: int) -
         check_that_nothing_is_lost(scene, f"{excess} entries too many at step {step}")
 
 
+def test_a_vcpu_that_keeps_to_its_limit_is_never_taken_for_one_that_overran_it() -> None:
+    """Above all when it goes on with what a reset has just freed."""
+    for step in range(0, 300, 3):
+        scene = RingScene({0: NPAGES})
+        scene.stores(0, range(100))
+        meanwhile(scene, partial(scene.get, 0), {step: partial(store_to_the_limit, scene, 100)})
+        assert not scene.port.stats.overflows, f"at step {step}"
+
+
+def store_to_the_limit(scene: RingScene, first: int) -> None:
+    for page in range(first, NPAGES):
+        if not scene.try_store(0, page):
+            break
+
+
 def test_after_an_overflow_during_a_reset_the_ring_gets_into_step_at_every_place() -> None:
     """What is left in the ring of a harvest that failed must not be given to the kernel before it comes there."""
     scene = RingScene({0: NPAGES})
@@ -220,6 +235,21 @@ def test_a_reset_that_ends_early_leaves_no_page_unprotected(vcpus: int, can_be_b
         scene.vm.signal_after, scene.vm.signal_can_be_blocked = after, can_be_blocked
         scene.get(0)
         check_that_nothing_is_lost(scene, f"after {after} entries")
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 63])
+def test_a_reset_that_ends_early_while_a_long_gap_is_crossed_loses_nothing(after: int) -> None:
+    scene = in_a_gap(SIZE - 10)
+    assert scene.leave_if_full(0)
+    while scene.leave_if_full(0):
+        freeze_next_reset(scene, after)
+        scene.ask_for_room(0)
+    scene.vm.signal_after = None
+    check_that_nothing_is_lost(scene)
+
+
+def freeze_next_reset(scene: RingScene, after: int) -> None:
+    scene.vm.signal_after, scene.vm.signal_can_be_blocked = after, False
 
 
 # --- interrupts

@@ -64,8 +64,6 @@ class DirtyRing:
         self.next = 0
         self.given = 0
         self.place = Place.KNOWN
-        self.harvested_from: int | None = None
-        """Where the harvest began of which is not known yet whether the kernel has come round."""
         self._entries = entries
         self._flags: NDArray[np.uint32] = entries["flags"]
 
@@ -73,9 +71,9 @@ class DirtyRing:
         """Return whether at least ``count`` entries wait to be harvested, by one look."""
         return bool(self._flags[(self.next + count - 1) % self.size])
 
-    def came_round(self, start: int) -> bool:
-        """Return whether the kernel may have come round to the entry at ``start``, the first one not reset at that time."""
-        return bool(self._flags[(start - 1) % self.size])
+    def came_round(self) -> bool:
+        """Return whether the kernel may have come round to the entry at ``next``."""
+        return bool(self._flags[(self.next - 1) % self.size])
 
     def waiting(self) -> int:
         """Return how many entries follow one another from ``next`` on. The cost goes with their number, not with the ring."""
@@ -90,7 +88,7 @@ class DirtyRing:
 
         Only while the vCPU is held.
         """
-        if self.came_round(self.next):
+        if self.came_round():
             return self.size
         used = np.flatnonzero(self._flags_ahead(self.size))
         return int(used[-1]) + 1 if len(used) else 0

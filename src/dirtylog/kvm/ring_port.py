@@ -10,7 +10,6 @@ log) is emptied into the ring only then.
 
 from __future__ import annotations
 
-import signal
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from dirtylog.kvm import abi
 from dirtylog.kvm.abi import Cap
 from dirtylog.kvm.ports import KvmPort
 from dirtylog.kvm.ring import DirtyRing, Place
+from dirtylog.kvm.signals import block_signals, without_signals
 from dirtylog.memslot import SlotFlags
 from dirtylog.options import MAX_ENTRIES
 from dirtylog.port import SyncPort
@@ -123,7 +123,8 @@ class KvmRingPort(KvmPort, SyncPort):
         """Clear the slot's flag, and drop what the rings still hold of it."""
         super().stop_logging(slot)
         self._copies.pop(slot, None)
-        self.collect()
+        if self._failure is None:
+            self.collect()
 
     def sync_dirty_log(self, slot: MemorySlot) -> None:
         """Harvest every ring into the bitmaps, and have the pages protected again."""
@@ -149,7 +150,6 @@ class KvmRingPort(KvmPort, SyncPort):
         for ring in self._rings:
             if ring.given:
                 self._resume(ring)
-            self._check(ring)
         before = self.stats.harvested
         for ring in self._rings:
             self._harvest(ring)
@@ -169,8 +169,9 @@ class KvmRingPort(KvmPort, SyncPort):
             if ring.next == before and self._stuck_at.get(vcpu) == before:
                 self._lose(ring)
                 ring.fill(ring.size // _SHARE)
-                self._give(ring, ring.size // _SHARE)
-                ring.place = Place.GAP
+                ring.give(ring.size // _SHARE)
+                if self._reset(ring):
+                    ring.place = Place.GAP
                 self._report_everything()
             self._stuck_at[vcpu] = ring.next
 
@@ -203,20 +204,13 @@ class KvmRingPort(KvmPort, SyncPort):
     def _harvest(self, ring: DirtyRing) -> None:
         if ring.place is Place.KNOWN and (count := ring.waiting()):
             self._mark(ring.ahead(count))
-            if count == ring.size:
+            ring.give(count)
+            # After the flags are set and before the reset: what is written over from here on the kernel does not reset.
+            if count == ring.size or ring.came_round():
                 self._lose(ring)
-            ring.harvested_from = ring.next
-            self._give(ring, count)
-            self._check(ring)
+            self._reset(ring)
         if ring.place is Place.LOST or (ring.place is Place.GAP and ring.in_use()):
             self._recover(ring)
-
-    def _check(self, ring: DirtyRing) -> None:
-        """See whether the kernel may have come round during the last harvest, and written over entries of it."""
-        if ring.harvested_from is not None:
-            if ring.came_round(ring.harvested_from):
-                self._lose(ring)
-            ring.harvested_from = None
 
     def _lose(self, ring: DirtyRing) -> None:
         self._all_due = True
@@ -230,28 +224,32 @@ class KvmRingPort(KvmPort, SyncPort):
                 self._lose(ring)
             ring.fill(count)
             self._mark(ring.ahead(count))
-            self._give(ring, count)
-            ring.place = Place.KNOWN if ring.place is Place.GAP and count else Place.GAP
+            ring.give(count)
+            if self._reset(ring):
+                ring.place = Place.KNOWN if ring.place is Place.GAP and count else Place.GAP
 
-    def _give(self, ring: DirtyRing, count: int) -> None:
-        """Have the next ``count`` entries of a ring reset."""
-        ring.give(count)
+    def _reset(self, ring: DirtyRing) -> bool:
+        """Have what the ring has given to the kernel reset; return False if that was not to be had for all of it."""
         tries = 0
         while ring.given and tries < _RESET_TRIES:
-            done = _without_signals(self._vm.reset_dirty_rings)
+            done = without_signals(self._vm.reset_dirty_rings)
             ring.taken(done)
             self.stats.resets += 1
             self.stats.harvested += done
             tries = 0 if done else tries + 1
             # It ended early. Since Linux 6.17 the pages that it had gathered until then may not be protected.
             self._all_due |= ring.given > 0
-        # What is left the kernel has written over, and does not take for harvested: as if it had never been given.
+        if not ring.given:
+            return True
+        # The kernel has written over what is left, and does not take it for harvested: as if it had never been given.
+        self._lose(ring)
         ring.take_back()
+        return False
 
     def _resume(self, ring: DirtyRing) -> None:
         """Go on where a harvest was interrupted."""
         self._all_due = True
-        if ring.given == ring.size or ring.came_round(ring.next):
+        if ring.given == ring.size or ring.came_round():
             # Then nobody can tell what of it the kernel has reset.
             self._failure = CoverageLostError("a harvest of a dirty ring was interrupted while the ring was full")
             raise self._failure
@@ -276,7 +274,7 @@ class KvmRingPort(KvmPort, SyncPort):
         self._all_due = False
 
     def _collect_for_ever(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        block_signals()
         share = max(1, self.entries // _SHARE)
         interval = min(max(share / _ENTRIES_PER_SECOND, 0.001), 0.01)
         try:
@@ -286,14 +284,3 @@ class KvmRingPort(KvmPort, SyncPort):
                         self.collect()
         except BaseException as error:  # noqa: BLE001 - kept for the next get: a thread has nobody to raise it to
             self._failure = error
-
-
-def _without_signals(call: Callable[[], int]) -> int:
-    """Call with every signal blocked: one that ends a reset behind its last entry would leave pages unprotected and unknown."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        result = call()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return result
