@@ -1,6 +1,6 @@
 """Measure dirtylog. Every figure stands beside its anchor, measured in the same run in turn with it, as median [min - max].
 
-Times are CPU time of the measuring thread, which does all the work; where vCPUs run beside it, and in KVM guests, they are elapsed time.
+Times are CPU time of the measuring thread, which does all the work; where vCPUs run beside it, and with KVM, they are elapsed time.
 
 Targets are recorded, not asserted: a missed one is printed, and the exit status is 0 all the same. It is not 0 when a
 measurement itself is broken, such as a guest that faults or a get that finds other pages than were written. Benchmarks of KVM
