@@ -21,7 +21,7 @@ from dirtylog.guests.vcpu import leave_guest
 from dirtylog.kvm import abi
 from dirtylog.kvm.abi import Cap
 from dirtylog.kvm.ports import KvmPort
-from dirtylog.kvm.ring import DirtyRing, Place
+from dirtylog.kvm.ring import PIECE, DirtyRing, Place
 from dirtylog.kvm.signals import block_signals, without_signals
 from dirtylog.memslot import SlotFlags
 from dirtylog.options import MAX_ENTRIES
@@ -188,22 +188,28 @@ class KvmRingPort(KvmPort, SyncPort):
         with self.mmu_lock:
             self._rings.clear()
 
+    def _mark_ahead(self, ring: DirtyRing, count: int) -> None:
+        for start in range(0, count, PIECE):
+            self._mark(ring.ahead(min(PIECE, count - start), start))
+
     def _mark(self, entries: NDArray[np.void]) -> None:
         """Set the bits of harvested entries. An entry of a slot that has gone, or shrunk since, is of no use to anyone."""
-        while len(entries):
-            slot_id = int(entries["slot"][0])
-            ours = entries["slot"] == slot_id
-            slot = self._slots.get(slot_id)
+        slots, offsets = entries["slot"], entries["offset"]
+        while len(slots):
+            ours = slots == slots[0]
+            alone = bool(ours.all())
+            slot = self._slots.get(int(slots[0]))
             if slot is not None and slot.dirty_bitmap is not None:
-                offsets = entries["offset"][ours]
-                slot.dirty_bitmap.merge(words_of_pages(offsets[offsets < np.uint64(slot.npages)].astype(np.int64)))
-            if ours.all():
+                mine = offsets if alone else offsets[ours]
+                inside = mine < np.uint64(slot.npages)
+                slot.dirty_bitmap.merge(words_of_pages((mine if inside.all() else mine[inside]).astype(np.int64)))
+            if alone:
                 break
-            entries = entries[~ours]
+            slots, offsets = slots[~ours], offsets[~ours]
 
     def _harvest(self, ring: DirtyRing) -> None:
         if ring.place is Place.KNOWN and (count := ring.waiting()):
-            self._mark(ring.ahead(count))
+            self._mark_ahead(ring, count)
             ring.give(count)
             # After the flags are set and before the reset: what is written over from here on the kernel does not reset.
             if count == ring.size or ring.came_round():
@@ -223,7 +229,7 @@ class KvmRingPort(KvmPort, SyncPort):
             if count == ring.size:
                 self._lose(ring)
             ring.fill(count)
-            self._mark(ring.ahead(count))
+            self._mark_ahead(ring, count)
             ring.give(count)
             if self._reset(ring):
                 ring.place = Place.KNOWN if ring.place is Place.GAP and count else Place.GAP
