@@ -12,7 +12,7 @@ import pytest
 
 from dirtylog import CopyFaultError, DirtyBitmap, DirtyLog, InvalidArgumentError, LoggingOffError, SlotFlags, UnsupportedError
 from dirtylog.guests.programs import Pattern
-from dirtylog.kvm.guest import make_kvm_guest
+from dirtylog.kvm.guest import HIGH_RAM_SLOT, make_kvm_guest
 from dirtylog.kvm.memory import KvmMemory
 from dirtylog.options import Backing, KvmOptions, Log
 from interrupts import interrupt
@@ -304,3 +304,18 @@ def test_consumers_share_one_log_of_the_kernel_s(log: str) -> None:
         with second.epoch() as epoch:
             assert epoch.dirty[RAM].pages().tolist() == [1, 2, 3]
         assert dirty_log.get(RAM).pages().tolist() == [1, 2, 3]
+
+
+def test_memory_beyond_the_hole_is_a_slot_of_its_own() -> None:
+    """3 GiB and a bit: what does not fit below the devices of the fourth GiB begins behind them."""
+    high = 4 << 30
+    loops = [Pattern(base=high, mask=63, count=64), Pattern(base=(3 << 30) - (8 << 12), mask=7, count=8)]
+    with make_kvm_guest((3 << 30) + (4 << 20), vcpus=2, loops=loops) as memory, DirtyLog(memory) as dirty_log:
+        assert [(slot.id, slot.base_gfn, slot.npages) for slot in memory.slots if not slot.readonly] == [
+            (RAM, 0, 3 << 18),
+            (HIGH_RAM_SLOT, 1 << 20, 1024),
+        ]
+        memory.resume()
+        assert memory.wait(timeout=30)
+        assert dirty_log.get(RAM).runs().tolist() == [[(3 << 18) - 8, 8]]
+        assert dirty_log.get(HIGH_RAM_SLOT).runs().tolist() == [[0, 64]]

@@ -65,16 +65,16 @@ def _print_kvm(kvm: dict[str, Any]) -> None:
     if kvm["available"]:
         print(f"KVM: {kvm['device']}, interface version {kvm['api_version']}, {kvm['machine']}")
     else:
-        print(f"KVM: no: {kvm['reason']}; {kvm['remedy']}")
+        print(f"KVM: {_available(kvm)}")
     for cap in kvm["capabilities"]:
         lack = f"; missing: {cap['remedy']}" if cap["remedy"] else ""
         print(f"  {cap['name']:<28} {cap['value']:>8}  {cap['purpose']}{lack}")
     for log in kvm["logs"]:
-        print(f"  kvm --log {log['log']:<8} {log['how']:<40} {_available(log)}")
+        print(f"  kvm --log {log['log']:<8} {log['how']:<40} {_available(log) if kvm['available'] else 'no'}")
 
 
 def _available(port: dict[str, Any]) -> str:
-    return "yes" if port["available"] else f"no: {port['reason']}; {port['remedy']}"
+    return "yes" if port["available"] else "; ".join(filter(None, (f"no: {port['reason']}", port["remedy"])))
 
 
 def _facts(name: str, unicorn: str | None) -> dict[str, Any]:

@@ -57,7 +57,15 @@ class KvmDescriptor:
         """Whether it has been closed."""
         return self._file.closed
 
-    def ioctl(self, request: int, argument: Struct | bytearray | int, what: str, *details: object, slot: int | None = None) -> int:
+    def ioctl(
+        self,
+        request: int,
+        argument: Struct | bytearray | int,
+        what: str,
+        *details: object,
+        slot: int | None = None,
+        remedy: str | None = None,
+    ) -> int:
         """Call the kernel and return what it returns. ``what``, with ``details`` filled in (%), says in an error what was tried.
 
         Safe: every argument is an integer, or a buffer at least as long as the size in the request, alive during the call.
@@ -68,7 +76,7 @@ class KvmDescriptor:
             except InterruptedError:
                 continue  # a signal, whose handler was called: the kernel wants to be asked again
             except OSError as error:
-                raise kvm_error(error, what % details if details else what, slot=slot) from error
+                raise kvm_error(error, what % details if details else what, slot=slot, remedy=remedy) from error
 
     def close(self) -> None:
         """Close it. A second call does nothing."""

@@ -42,7 +42,7 @@ class KvmSystem(KvmDescriptor):
             raise
 
     def _api_version(self, device: str) -> int:
-        version = self.ioctl(abi.KVM_GET_API_VERSION, 0, f"{device} is not KVM")
+        version = self.ioctl(abi.KVM_GET_API_VERSION, 0, f"{device} is not KVM", remedy=_NO_DEVICE)
         if version != abi.API_VERSION:
             raise UnsupportedError(f"{device} speaks version {version} of KVM's interface; dirtylog speaks {abi.API_VERSION}")
         return version

@@ -31,11 +31,11 @@ class KvmVm(KvmDescriptor):
         """Return what the kernel answers for a capability of this VM: 0 is no."""
         return self.ioctl(abi.KVM_CHECK_EXTENSION, int(cap), f"cannot ask for {cap.name}")
 
-    def enable_cap(self, cap: Cap, *arguments: int, what: str | None = None) -> None:
+    def enable_cap(self, cap: Cap, *arguments: int, what: str | None = None, remedy: str | None = None) -> None:
         """Enable a capability with up to four arguments."""
         argument = abi.EnableCap(cap=cap)
         argument.args[: len(arguments)] = list(arguments)
-        self.ioctl(abi.KVM_ENABLE_CAP, argument, what or f"cannot enable {cap.name} with {arguments}")
+        self.ioctl(abi.KVM_ENABLE_CAP, argument, what or f"cannot enable {cap.name} with {arguments}", remedy=remedy)
 
     def create_vcpu(self, index: int) -> KvmVcpu:
         """Return a new vCPU. It goes with its VM: a number cannot be used again."""
@@ -85,7 +85,8 @@ class KvmVm(KvmDescriptor):
 
     def enable_dirty_ring(self, cap: Cap, nbytes: int) -> None:
         """Give every vCPU that will be made a ring of ``nbytes``. Before any vCPU, and once (EINVAL); E2BIG if it is too large."""
-        self.enable_cap(cap, nbytes, what=f"cannot enable dirty rings of {nbytes} bytes")
+        remedy = "before any vCPU: a power of two, from 256 entries (1024 with Intel's log) to 65536, of 16 bytes each"
+        self.enable_cap(cap, nbytes, what=f"cannot enable dirty rings of {nbytes} bytes", remedy=remedy)
 
     def reset_dirty_rings(self) -> int:
         """Re-protect the pages of all harvested entries, and return how many there were. A signal may end it early."""
