@@ -81,6 +81,7 @@ def test_the_public_names() -> None:
         "GuestFaultError",
         "Image",
         "InvalidArgumentError",
+        "KernelPort",
         "LoggingOffError",
         "Memory",
         "MemorySlot",

@@ -19,7 +19,7 @@ from dirtylog.errors import (
 from dirtylog.guests.image import Image
 from dirtylog.memory import Memory
 from dirtylog.memslot import MemorySlot, SlotFlags, SlotTable
-from dirtylog.port import Exactness, Port, ProtectPort, SyncPort
+from dirtylog.port import Exactness, KernelPort, Port, ProtectPort, SyncPort
 from dirtylog.target import open_target as open  # noqa: A004 - dirtylog.open, as gzip.open
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "GuestFaultError",
     "Image",
     "InvalidArgumentError",
+    "KernelPort",
     "LoggingOffError",
     "Memory",
     "MemorySlot",
