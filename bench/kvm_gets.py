@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dirtylog.dirty_log import DirtyLog
-from dirtylog.emulated.ram import host_memory
+from dirtylog.guests.host import host_memory
 from dirtylog.guests.programs import PAGE_SIZE
 from dirtylog.kvm import abi
 from dirtylog.options import Log

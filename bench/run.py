@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dirtylog.emulated.cpu_unicorn import unicorn_version
-from dirtylog.emulated.ram import host_memory
+from dirtylog.guests.host import host_memory
 from flushes import flushes
 from gets import gets
 from stores import first_stores, hits

@@ -51,8 +51,7 @@ def open_target(
             raise InvalidArgumentError(f"target {target!r}: log, backing and ring entries are choices of KVM guests")
         return make_guest(arch, nbytes, program=program, vcpus=vcpus, image=image)
     try:
-        # Imported here: emulated guests run anywhere, but this needs Linux.
-        from dirtylog.kvm.guest import make_kvm_guest  # noqa: PLC0415
+        from dirtylog.kvm.guest import make_kvm_guest  # noqa: PLC0415 - it needs Linux, and emulated guests run anywhere
     except ImportError as error:
         raise UnsupportedError("KVM guests run on Linux only", reason=str(error), remedy="use an emulated guest") from error
     return make_kvm_guest(nbytes, program=program, vcpus=vcpus, image=image, options=options)

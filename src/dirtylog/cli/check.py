@@ -48,8 +48,7 @@ class Check(Command):
 
 def _kvm() -> dict[str, Any]:
     try:
-        # Imported here: it needs Linux.
-        from dirtylog.kvm.probe import probe_kvm  # noqa: PLC0415
+        from dirtylog.kvm.probe import probe_kvm  # noqa: PLC0415 - it needs Linux, and check works everywhere
     except ImportError as error:
         return {
             "available": False,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 
 import numpy as np
 
 from dirtylog.emulated.port import PAGE_SIZE
 from dirtylog.errors import InvalidArgumentError
+from dirtylog.guests.host import host_memory
 
 
 class Ram:
@@ -34,11 +34,3 @@ class Ram:
         self.nbytes = nbytes
         # Safe: the address is good while self._mapping is exported, and this object holds the export.
         self.host = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
-
-
-def host_memory() -> int | None:
-    """Return the host's memory in bytes, or None where it cannot be told."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None

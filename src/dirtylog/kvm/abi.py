@@ -148,16 +148,13 @@ class Cap(enum.IntEnum):
     """The capabilities that dirtylog asks for."""
 
     USER_MEMORY = 3
-    NR_VCPUS = 9
     NR_MEMSLOTS = 10
-    SYNC_MMU = 16
     VCPU_EVENTS = 41
     DEBUGREGS = 50
     XSAVE = 55
     XCRS = 56
     MAX_VCPUS = 66
     READONLY_MEM = 81
-    CHECK_EXTENSION_VM = 105
     MULTI_ADDRESS_SPACE = 118
     IMMEDIATE_EXIT = 136
     MANUAL_DIRTY_LOG_PROTECT2 = 168

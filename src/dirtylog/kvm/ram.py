@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dirtylog.errors import DirtyLogError, InvalidArgumentError, UnsupportedError
+from dirtylog.guests.host import host_memory
 from dirtylog.options import Backing
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ class GuestRam:
     def __init__(self, npages: int, backing: Backing) -> None:
         self.fd: int | None = None
         nbytes = npages * mmap.PAGESIZE
-        _check_host_memory(nbytes)
+        total = host_memory()
+        if total is not None and nbytes > total:
+            raise InvalidArgumentError(f"guest memory of {nbytes} bytes: this host has {total} bytes")
         if backing is Backing.HUGETLB and nbytes % _HUGE_PAGE_BYTES:
             raise InvalidArgumentError(f"guest memory of {nbytes} bytes in huge pages: it must be a multiple of {_HUGE_PAGE_BYTES}")
         try:
@@ -80,12 +83,6 @@ class GuestRam:
         mapping = mmap.mmap(-1, nbytes, flags=flags | _MAP_NORESERVE)
         mapping.madvise(mmap.MADV_HUGEPAGE if backing is Backing.THP else mmap.MADV_NOHUGEPAGE)
         return mapping
-
-
-def _check_host_memory(nbytes: int) -> None:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if nbytes > total:
-        raise InvalidArgumentError(f"guest memory of {nbytes} bytes: this host has {total} bytes")
 
 
 def _cannot_map(nbytes: int, backing: Backing, error: Exception) -> DirtyLogError:

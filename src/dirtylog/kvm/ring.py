@@ -124,7 +124,10 @@ class DirtyRing:
         self.next, self.given = self.next + count, self.given - count
 
     def take_back(self) -> None:
-        """After an interrupt: find out what the kernel has reset, and take the rest back. Only where it has not come round."""
+        """Find out what of the given entries the kernel has reset, and take the rest back.
+
+        After an interrupt only where the kernel has not come round; after a whole account (:meth:`taken`) always.
+        """
         left = np.flatnonzero(self._flags_ahead(self.given))
         self.taken(int(left[0]) if len(left) else self.given)
         for part in self._parts(self.given):
