@@ -37,6 +37,7 @@ class NullMemory:
 
     exactness = Exactness.EXACT
     blind_spots: tuple[str, ...] = ()
+    incomplete: tuple[str, ...] = ()
 
     def __init__(self, npages: int) -> None:
         self.slots = SlotTable()
@@ -48,6 +49,10 @@ class NullMemory:
         _, bitmap = self.slots.logged(0)
         with self.port.mmu_lock:
             bitmap.merge(words)
+
+    def update_slots(self) -> list[MemorySlot]:
+        """Return no new slots."""
+        return []
 
     def read(self, slot: int, pages: ArrayLike, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """Refuse: there are no contents."""

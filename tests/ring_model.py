@@ -210,10 +210,14 @@ class ModelMemory:
 
     exactness = Exactness.SUPERSET
     blind_spots: tuple[str, ...] = ()
+    incomplete: tuple[str, ...] = ()
 
     def __init__(self, port: KvmRingPort, slots: SlotTable) -> None:
         self.port = port
         self.slots = slots
+
+    def update_slots(self) -> list[MemorySlot]:
+        return []
 
     def read(self, *_: Any) -> Any:
         raise UnsupportedError("pages have versions here, not contents")

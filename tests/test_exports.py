@@ -92,7 +92,9 @@ def test_the_public_names() -> None:
         "SyncPort",
         "TargetGoneError",
         "UnsupportedError",
+        "empty",
         "open",
+        "track",
     ]
 
 

@@ -16,7 +16,7 @@ from dirtylog import SlotFlags
 from dirtylog.kvm import abi
 from dirtylog.kvm.arch import x86_64, x86_64_registers
 from dirtylog.kvm.arch import x86_64_registers as x86
-from dirtylog.kvm.layout import KVMIO, U8, U32, U64, Direction, Struct, ioctl_number, offset_of, struct
+from dirtylog.linux.layout import KVMIO, U8, U32, U64, Direction, Struct, ioctl_number, offset_of, struct
 
 if TYPE_CHECKING:
     from types import ModuleType

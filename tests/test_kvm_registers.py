@@ -20,8 +20,8 @@ from kvm_here import needs_kvm
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dirtylog.kvm.layout import Struct
     from dirtylog.kvm.memory import KvmMemory
+    from dirtylog.linux.layout import Struct
 
 TIME_STAMP_COUNTER = 0x10
 KERNEL_GS_BASE = 0xC000_0102

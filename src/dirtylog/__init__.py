@@ -1,6 +1,7 @@
 """Generic dirty page logging: which pages of a memory were written since the last time somebody asked."""
 
 from dirtylog.bitmap import DirtyBitmap
+from dirtylog.buffers.track import empty, track
 from dirtylog.dirty_log import DirtyLog
 from dirtylog.epoch import Consumer, Epoch
 from dirtylog.errors import (
@@ -48,5 +49,7 @@ __all__ = [
     "SyncPort",
     "TargetGoneError",
     "UnsupportedError",
+    "empty",
     "open",
+    "track",
 ]

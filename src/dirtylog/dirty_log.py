@@ -33,8 +33,11 @@ if TYPE_CHECKING:
 class DirtyLog:
     """The dirty log of one memory: which pages were written since I last asked.
 
-    A context manager: entering starts the log, leaving stops it. The memory stays open. All methods may be called from
-    several threads.
+    A context manager: entering starts the log, if it is not on, and leaving stops it. The memory stays open, unless
+    ``closes_memory`` is set. All methods may be called from several threads.
+
+    The slots of a process come and go with its mappings. :meth:`update` takes account of that, and every epoch begins with it: of a
+    new slot the first get reports every page that may hold something.
 
     By default a get takes the dirty pages and re-arms them in one step. With ``manual_protect`` a get only reads, and
     :meth:`clear` re-arms just the pages that the caller has taken; ``initially_all_set`` then starts with every page dirty
@@ -56,6 +59,8 @@ class DirtyLog:
         self._consumers: dict[str, Consumer] = {}
         # Pages that were taken from the port and get has not returned yet.
         self._unread = PendingPages()
+        self.closes_memory = False
+        self._on = False
         self._stopped = False
         self._take = _generic_get(memory.port)
 
@@ -78,15 +83,29 @@ class DirtyLog:
                 for slot_id in started:
                     stop_logging(self.memory, slot_id)
                 raise
+            self._on = True
             if not self._stopped:
                 for consumer in self._consumers.values():
                     consumer.pending.begin(self.memory.slots)
+
+    def update(self) -> None:
+        """Bring the slots up to date with the memory, and begin to log those that are new: all that they hold counts as written.
+
+        For a guest, whose slots change by calls only, it does nothing. :class:`TargetGoneError` when there is no memory any more.
+        """
+        with self._lock, self.memory.slots.lock:
+            if self._on:
+                for slot in self.memory.update_slots():
+                    start_logging(self.memory, slot.id, contents=True)
+                    for consumer in self._consumers.values():
+                        consumer.pending.begin([slot])
 
     def stop(self) -> None:
         """Stop logging. The bits that nobody took are gone, and so are those that consumers hold pending."""
         with self._lock, self.memory.slots.lock:
             # First, so that a stop that is interrupted leaves no consumer that takes the gap in the log for quiet.
             self._stopped = True
+            self._on = False
             for consumer in self._consumers.values():
                 consumer.pending = PendingPages()
             for slot in self.memory.slots:
@@ -145,6 +164,7 @@ class DirtyLog:
     def _drain(self) -> None:
         """Move the dirty pages of every slot from the port to every consumer, and to get."""
         with self.memory.slots.lock:
+            self.update()
             logged = self._logged()
             self._unread.keep(logged)
             for consumer in self._consumers.values():
@@ -168,12 +188,20 @@ class DirtyLog:
     def _logged(self) -> list[MemorySlot]:
         return [slot for slot in self.memory.slots if slot.dirty_bitmap is not None]
 
+    def close(self) -> None:
+        """Stop the log and close the memory. A second call does nothing."""
+        self.stop()
+        self.memory.close()
+
     def __enter__(self) -> Self:
-        self.start()
+        if not self._on:
+            self.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
+        if self.closes_memory:
+            self.memory.close()
 
 
 def _generic_get(port: Port) -> Callable[[Memory, int, Callable[[DirtyBitmap], None]], None]:

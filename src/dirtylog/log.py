@@ -128,8 +128,10 @@ def clear_dirty_log_protect(
                 port.flush_tlbs(slot)
 
 
-def start_logging(memory: Memory, slot_id: int, *, initially_all_set: bool = False) -> None:
+def start_logging(memory: Memory, slot_id: int, *, initially_all_set: bool = False, contents: bool = False) -> None:
     """Begin to log a slot. With ``initially_all_set`` every bit is set and no page is protected until it is cleared.
+
+    With ``contents`` the pages that hold something count as written: for a slot that its readers have not met.
 
     The flush is unconditional: that a page needs no change now does not prove that no stale translation exists (KVM b64d740ea7dd).
     """
@@ -144,6 +146,8 @@ def start_logging(memory: Memory, slot_id: int, *, initially_all_set: bool = Fal
                 port.start_logging_all_set(slot)
             else:
                 port.start_logging(slot)
+            if contents:
+                port.mark_contents(slot)
         port.flush_tlbs(slot)
 
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
-    from dirtylog.memslot import SlotTable
+    from dirtylog.memslot import MemorySlot, SlotTable
     from dirtylog.port import Exactness, KernelPort, ProtectPort, SyncPort
 
 
@@ -33,6 +33,16 @@ class Memory(Protocol):
     @property
     def blind_spots(self) -> tuple[str, ...]:
         """The writes that this source cannot see."""
+
+    @property
+    def incomplete(self) -> tuple[str, ...]:
+        """Why writes may have been missed, beyond the blind spots: what is known to be so here and now. Empty if nothing is."""
+
+    def update_slots(self) -> list[MemorySlot]:
+        """Bring the slot table up to date, and return the new slots; their logging is not on yet. slots_lock is held.
+
+        :class:`TargetGoneError` when the memory is gone.
+        """
 
     def read(self, slot: int, pages: ArrayLike, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """Return the contents of ``pages`` (offsets in the slot) as uint8[k, page_size]."""

@@ -13,6 +13,8 @@ import threading
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
+from dirtylog.words import words_of_range
+
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
@@ -56,6 +58,14 @@ class Port(ABC):
     @abstractmethod
     def stop_logging(self, slot: MemorySlot) -> None:
         """End the logging of a slot, whose bitmap is gone. Called with mmu_lock held; a flush follows."""
+
+    def mark_contents(self, slot: MemorySlot) -> None:
+        """Set the bit of each page that may hold something, for readers that have not met the slot. Called with mmu_lock held.
+
+        Right after :meth:`start_logging`. A page left out reads as zeros, and logs its next write.
+        """
+        assert slot.dirty_bitmap is not None  # noqa: S101 - logging has just been started
+        slot.dirty_bitmap.merge(words_of_range(0, slot.npages))
 
     @abstractmethod
     def flush_tlbs(self, slot: MemorySlot) -> None:

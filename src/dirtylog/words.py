@@ -63,8 +63,7 @@ def words_of_pages(pages: NDArray[np.int64]) -> DirtyWords:
         pages = np.sort(pages)  # repeats do not matter: they are or-ed
     index = pages >> 6
     bits = _ONE << (pages & 63).astype(np.uint64)
-    starts = np.flatnonzero(np.concatenate(([True], index[1:] != index[:-1])))
-    return DirtyWords(index[starts], np.bitwise_or.reduceat(bits, starts))
+    return _united(index, bits)
 
 
 def _words_of_dense_pages(pages: NDArray[np.int64], first: int, nwords: int) -> DirtyWords:
@@ -86,3 +85,30 @@ def words_of_range(first: int, npages: int) -> DirtyWords:
     values[0] &= _ALL << np.uint64(first & 63)
     values[-1] &= _ALL >> np.uint64(63 - (last & 63))
     return DirtyWords(index, values)
+
+
+def words_of_runs(first: NDArray[np.int64], end: NDArray[np.int64]) -> DirtyWords:
+    """Return the words in which the bits of runs of pages are set: ``first`` up to but not ``end``, ascending, none overlapping."""
+    last = end - 1
+    head, tail = first >> 6, last >> 6
+    values = _ALL << (first & 63).astype(np.uint64)
+    rest = _ALL >> (63 - (last & 63)).astype(np.uint64)
+    within = head == tail
+    if within.all():
+        return _united(head, values & rest)
+    values[within] &= rest[within]
+    longer = ~within
+    tail, rest = tail[longer], rest[longer]
+    # The words between a run's first and its last: all ones.
+    inner = tail - head[longer] - 1
+    ends = np.cumsum(inner)
+    between = np.arange(int(ends[-1])) + np.repeat(head[longer] + 1 - (ends - inner), inner)
+    offsets = np.concatenate((head, between, tail))
+    order = np.argsort(offsets, kind="stable")
+    return _united(offsets[order], np.concatenate((values, np.full(len(between), _ALL), rest))[order])
+
+
+def _united(offsets: NDArray[np.int64], values: NDArray[np.uint64]) -> DirtyWords:
+    """Return words from ascending offsets with repeats, whose values are or-ed."""
+    starts = np.flatnonzero(np.concatenate(([True], offsets[1:] != offsets[:-1])))
+    return DirtyWords(offsets[starts], np.bitwise_or.reduceat(values, starts))

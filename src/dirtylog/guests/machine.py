@@ -65,6 +65,15 @@ class Machine(ABC, Generic[P_co]):
         """The writes that this source cannot see."""
         return self.port.blind_spots
 
+    @property
+    def incomplete(self) -> tuple[str, ...]:
+        """Why writes may have been missed: nothing is known."""
+        return ()
+
+    def update_slots(self) -> list[MemorySlot]:
+        """Return no new slots: those of a guest come with ``add_slot``."""
+        return []
+
     def read(self, slot: int, pages: ArrayLike, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """Return the contents of ``pages`` (offsets in the slot) as uint8[k, page_size], in ``out`` if it is given."""
         memslot = self.slots[slot]

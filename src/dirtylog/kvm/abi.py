@@ -11,7 +11,7 @@ from typing import Annotated
 
 import numpy as np
 
-from dirtylog.kvm.layout import U8, U16, U32, U64, Direction, Struct, ioctl_number, struct
+from dirtylog.linux.layout import U8, U16, U32, U64, Direction, Struct, ioctl_number, struct
 
 API_VERSION = 12
 """KVM_GET_API_VERSION since Linux 2.6.22. Its page says: refuse to run on any other."""

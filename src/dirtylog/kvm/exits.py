@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dirtylog.kvm import abi
 from dirtylog.kvm.abi import ExitReason
-from dirtylog.kvm.layout import offset_of
+from dirtylog.linux.layout import offset_of
 
 if TYPE_CHECKING:
     import mmap
 
-    from dirtylog.kvm.layout import Struct
+    from dirtylog.linux.layout import Struct
 
 _EXIT_OFFSET = ctypes.sizeof(abi.RunHeader)
 

@@ -22,7 +22,7 @@ from dirtylog.kvm import abi
 from dirtylog.kvm.abi import Cap
 from dirtylog.kvm.ports import KvmPort
 from dirtylog.kvm.ring import PIECE, DirtyRing, Place
-from dirtylog.kvm.signals import block_signals, without_signals
+from dirtylog.linux.signals import block_signals, without_signals
 from dirtylog.memslot import SlotFlags
 from dirtylog.options import MAX_ENTRIES
 from dirtylog.port import SyncPort

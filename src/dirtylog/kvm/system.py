@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dirtylog.errors import AccessDeniedError, UnsupportedError
 from dirtylog.kvm import abi
-from dirtylog.kvm.descriptor import KvmDescriptor, kvm_error
+from dirtylog.kvm.descriptor import KvmDescriptor
 from dirtylog.kvm.vm import KvmVm
 
 if TYPE_CHECKING:
@@ -67,4 +67,4 @@ def _cannot_open(device: str, error: OSError) -> Exception:
             reason=error.strerror,
             remedy="join its group (often: sudo usermod -aG kvm USER, then log in again), or run as root",
         )
-    return kvm_error(error, f"cannot open {device}")
+    return KvmDescriptor.error(error, f"cannot open {device}")

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from dirtylog.errors import DirtyLogError
 from dirtylog.kvm import abi
 from dirtylog.kvm.abi import RunHeader
-from dirtylog.kvm.descriptor import KvmDescriptor, kvm_error
+from dirtylog.kvm.descriptor import KvmDescriptor
 from dirtylog.kvm.exits import Exit, Interrupted, IoAccess, MmioAccess, answer_exit, decode_exit
-from dirtylog.kvm.layout import Struct, offset_of
+from dirtylog.linux.layout import Struct, offset_of
 
 KICK_SIGNAL = signal.SIGRTMIN + 4
 """Sent to the one thread that runs the vCPU, and blocked there but in KVM_RUN. A real-time signal that nothing known here uses."""
@@ -85,7 +85,7 @@ class KvmVcpu(KvmDescriptor):
             self._take_kick()
             return Interrupted()
         except OSError as error:
-            raise kvm_error(error, f"cannot run vCPU {self.index}") from error
+            raise KvmDescriptor.error(error, f"cannot run vCPU {self.index}") from error
         finally:
             if mine:
                 with self._lock:
@@ -147,7 +147,7 @@ class KvmVcpu(KvmDescriptor):
             # Safe: nbytes is the size that the kernel accepted; MAP_SHARED is the only way that it allows.
             ring = mmap.mmap(self.fileno(), nbytes, offset=offset_pages * mmap.PAGESIZE)
         except OSError as error:
-            raise kvm_error(error, f"cannot map the dirty ring of vCPU {self.index}") from error
+            raise KvmDescriptor.error(error, f"cannot map the dirty ring of vCPU {self.index}") from error
         self._rings.append(ring)
         return ring
 

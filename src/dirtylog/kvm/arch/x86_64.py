@@ -25,7 +25,7 @@ import numpy as np
 from dirtylog.errors import InvalidArgumentError
 from dirtylog.kvm.arch import x86_64_registers as x86
 from dirtylog.kvm.arch.architecture import Rom
-from dirtylog.kvm.layout import Direction, ioctl_number
+from dirtylog.linux.layout import Direction, ioctl_number
 
 if TYPE_CHECKING:
     from dirtylog.kvm.system import KvmSystem

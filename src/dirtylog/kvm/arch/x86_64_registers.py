@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from dirtylog.errors import DirtyLogError, InvalidArgumentError
 from dirtylog.kvm.abi import Cap
-from dirtylog.kvm.layout import U8, U16, U32, U64, Direction, Struct, ioctl_number, registers, struct
+from dirtylog.linux.layout import U8, U16, U32, U64, Direction, Struct, ioctl_number, registers, struct
 
 if TYPE_CHECKING:
     from dirtylog.kvm.system import KvmSystem

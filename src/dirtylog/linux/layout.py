@@ -90,7 +90,10 @@ KVMIO = 0xAE
 
 
 def ioctl_number(direction: Direction, number: int, nbytes: int = 0, *, machine: str | None = None, magic: int = KVMIO) -> int:
-    """Return the number of an ioctl (_IO, _IOR, _IOW, _IOWR) on ``machine`` (:func:`platform.machine`), by default this one."""
+    """Return the number of an ioctl (_IO, _IOR, _IOW, _IOWR) on ``machine`` (:func:`platform.machine`), by default this one.
+
+    ``magic`` is the letter of the driver, KVM's if none is given.
+    """
     name = platform.machine() if machine is None else machine
     size_bits, none, read, write = next((own for prefix, own in _ENCODINGS.items() if name.startswith(prefix)), _GENERIC)
     bits = {Direction.NONE: none, Direction.READ: read, Direction.WRITE: write, Direction.BOTH: read | write}[direction]

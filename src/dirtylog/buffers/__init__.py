@@ -1,0 +1,1 @@
+"""Buffers of this process: arrays and the like, whose writes are logged."""

@@ -1,0 +1,1 @@
+"""What Linux offers for the memory of processes: userfaultfd, PAGEMAP_SCAN, soft-dirty, ptrace."""

@@ -1,0 +1,93 @@
+"""The userfaultfd of this process, for all of its tracked buffers."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from dirtylog.buffers.locate import Pages
+from dirtylog.errors import InvalidArgumentError
+from dirtylog.linux.mappings import PageSizes, read_mappings
+from dirtylog.linux.pagemap import Pagemap
+from dirtylog.linux.uffd_port import UffdPort, Watch
+from dirtylog.linux.userfaultfd import Userfaultfd, missing_uffd
+
+if TYPE_CHECKING:
+    from dirtylog.memslot import MemorySlot
+
+
+class BufferPort(UffdPort):
+    """The port that all tracked buffers of this process share.
+
+    Two of them may lie on one page, and a page has one mark: what is taken for one is given to the others too.
+    """
+
+    _instance: BufferPort | None = None
+
+    @classmethod
+    def of_this_process(cls) -> BufferPort:
+        """Return it, or raise why there can be none."""
+        if cls._instance is None:
+            missing = missing_uffd()
+            if missing is not None:
+                raise missing
+            cls._instance = cls(lambda: (Userfaultfd.create(), Pagemap()))
+        return cls._instance
+
+    @classmethod
+    def forget(cls) -> None:
+        """Leave the port to the parent, in a forked child."""
+        cls._instance = None
+
+    def stop_logging(self, slot: MemorySlot) -> None:
+        """Let go of the slot's memory, and of the descriptors after the last one."""
+        with self.mmu_lock:
+            super().stop_logging(slot)
+            if not self._watched:
+                self.close()
+
+    def _neighbours(self, watch: Watch) -> list[Watch]:
+        found = [other for other in self._watched.values() if other.start < watch.end and watch.start < other.end]
+        for other in found:
+            other.neighbours.append(watch)
+        return found
+
+    def _let_go(self, uffd: Userfaultfd, watch: Watch) -> None:
+        start = watch.start
+        for other in sorted(watch.neighbours, key=lambda other: other.start):
+            other.neighbours.remove(watch)
+            if start < other.start:
+                uffd.unregister(start, other.start - start)
+            start = max(start, other.end)
+        if start < watch.end:
+            uffd.unregister(start, watch.end - start)
+
+
+_REASONS = {
+    errno.EBUSY: "another userfaultfd of this process watches that memory",
+    errno.EPERM: "it maps a file that may not be written",
+    errno.EINVAL: "the kernel does not watch that kind of memory",
+}
+
+os.register_at_fork(after_in_child=BufferPort.forget)
+
+
+def covering_pages(address: int, nbytes: int) -> Pages:
+    """Return the whole pages that cover memory of this process."""
+    found = [mapping for mapping in read_mappings() if mapping.start < address + nbytes and address < mapping.end]
+    sizes = {PageSizes().of(mapping) for mapping in found}
+    if len(sizes) != 1:
+        raise InvalidArgumentError(
+            f"{nbytes} bytes at {address:#x} must lie in pages of one size", reason=f"the sizes there: {sorted(sizes)}"
+        )
+    return Pages.around(address, nbytes, sizes.pop(), anonymous=all(mapping.anonymous for mapping in found))
+
+
+def check_watchable(port: BufferPort, pages: Pages) -> None:
+    """Raise what keeps these pages from being watched, if anything does."""
+    error = port.refuses(pages.start, pages.end - pages.start)
+    if error is not None:
+        reason = _REASONS.get(error.errno or 0, error.reason)
+        remedy = "use port compare, or a buffer from dirtylog.empty"
+        raise type(error)(error.message, errno=error.errno, reason=reason, remedy=remedy) from error

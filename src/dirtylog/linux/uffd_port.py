@@ -1,0 +1,272 @@
+"""Writes to process memory, logged by a userfaultfd's asynchronous write protection and taken with PAGEMAP_SCAN.
+
+A page is written when its page table entry lacks the userfaultfd's mark: also when there is no entry. So memory is *armed* by
+setting the mark everywhere. What the kernel discards (madvise) loses it, and counts as written: rightly, for it reads as zeros now.
+
+An entry for each page that is not there would cost a huge and mostly empty mapping eight bytes a page, and report every one of them
+at first. Such a mapping is watched as *sparse*: only pages that are there are armed, the others count as written by themselves once
+they come; and that a page has been discarded shows in a second scan, for holes where pages were.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from dirtylog.bitmap import DirtyBitmap
+from dirtylog.errors import AccessDeniedError, DirtyLogError, TargetGoneError
+from dirtylog.linux.abi import Category
+from dirtylog.linux.holes import words_in_holes
+from dirtylog.linux.pagemap import POPULATED, Pagemap, Scanner
+from dirtylog.linux.probe import sees_discarded_tables
+from dirtylog.port import Exactness, SyncPort
+from dirtylog.words import DirtyWords, words_of_range, words_of_runs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from numpy.typing import NDArray
+
+    from dirtylog.linux.userfaultfd import Userfaultfd
+    from dirtylog.memslot import MemorySlot
+
+BLIND_SPOTS = (
+    "writes through another mapping of the same memory, by another process, or to a mapped file by write(2)",
+    "DMA into pinned pages (io_uring registered buffers, VFIO, RDMA), and O_DIRECT reads that are in flight during a get",
+    "discards of shared memory and of huge pages: MADV_REMOVE, fallocate, truncate; MADV_DONTNEED on hugetlbfs",
+    "MADV_DONTNEED of changed pages of a private file mapping, which then show the file again",
+)
+
+_THERE = np.uint64(POPULATED)
+# Up to so many pages a mapping is armed throughout, and above that if one in so many is there.
+_SMALL = 1 << 16
+_POPULATED = 8
+
+
+@dataclass(eq=False, slots=True)
+class Watch:
+    """A slot that is being logged, in addresses. ``populated`` is there if it is sparse."""
+
+    slot: MemorySlot
+    start: int
+    end: int
+    shift: int
+    contents: DirtyWords | None = None
+    """The pages that were there at the start; None if every page must be taken to be."""
+    populated: DirtyBitmap | None = None
+    neighbours: list[Watch] = field(default_factory=list)
+
+    def words(self, regions: NDArray[np.void]) -> DirtyWords:
+        """Return the slot's part of ascending regions."""
+        first = np.maximum(regions["start"].astype(np.int64) - self.start, 0)
+        end = np.minimum(regions["end"].astype(np.int64), self.end) - self.start
+        here = first < end
+        if not here.all():
+            first, end = first[here], end[here]
+        if not len(first):
+            return words_of_range(0, 0)
+        return words_of_runs(first >> self.shift, (end - 1 >> self.shift) + 1)
+
+    def mark(self, words: DirtyWords) -> None:
+        """Set bits of the slot's bitmap; with mmu_lock held. A page that was there must be known before its bit is delivered."""
+        if self.populated is not None:
+            new = DirtyBitmap.from_words(self.slot.npages, words) - self.populated
+            if new:
+                self.populated |= new
+        if self.slot.dirty_bitmap is not None and words:
+            self.slot.dirty_bitmap.merge(words)
+
+
+class UffdPort(SyncPort):
+    """WP_ASYNC and PAGEMAP_SCAN: the kernel keeps a bit in each page table entry, and takes, arms and flushes in one call."""
+
+    name = "uffd"
+    how = "userfaultfd WP_ASYNC, PAGEMAP_SCAN"
+    exactness: ClassVar[Exactness] = Exactness.SUPERSET
+    """A store that meets a scan can be reported twice, and what is mapped anew is reported as a whole."""
+    blind_spots: ClassVar[tuple[str, ...]] = BLIND_SPOTS
+
+    def __init__(self, open_descriptors: Callable[[], tuple[Userfaultfd, Pagemap]]) -> None:
+        super().__init__()
+        self._open = open_descriptors
+        self._uffd: Userfaultfd | None = None
+        self._scanner: Scanner | None = None
+        # It guards the scanner too, which several memories of this process share, and is held throughout a scan.
+        self.mmu_lock = threading.RLock()
+        self._watched: dict[MemorySlot, Watch] = {}
+
+    # --- hooks
+
+    def start_logging(self, slot: MemorySlot) -> None:
+        """Register the slot, and arm it: what was written before does not count."""
+        watch = Watch(slot, slot.host_address, slot.host_address + slot.nbytes, slot.page_size.bit_length() - 1)
+        with self.mmu_lock:
+            uffd, scanner = self._descriptors()
+            uffd.register(watch.start, slot.nbytes)
+            watch.neighbours = self._neighbours(watch)
+            self._watched[slot] = watch
+            self._arm(watch, scanner)
+
+    def stop_logging(self, slot: MemorySlot) -> None:
+        """Let go of the slot's memory."""
+        with self.mmu_lock:
+            watch = self._watched.pop(slot, None)
+            if watch is not None and self._uffd is not None and not self._uffd.closed:
+                self._let_go(self._uffd, watch)
+
+    def mark_contents(self, slot: MemorySlot) -> None:
+        """Set the bits of the pages that are there; of all pages where one that is not there is not zeros."""
+        watch = self._watched[slot]
+        if watch.contents is None:
+            super().mark_contents(slot)
+        else:
+            watch.mark(watch.contents)
+
+    def sync_dirty_log(self, slot: MemorySlot) -> None:
+        """Take the written pages, and arm them."""
+        with self.mmu_lock:
+            watch = self._watched[slot]
+            watch.contents = None
+            _, scanner = self._descriptors()
+            scanner.settle(self._deliver_anywhere)
+            try:
+                self._take(watch, scanner)
+            except AccessDeniedError:
+                self._watch_anew(watch, scanner)
+            except TargetGoneError:
+                scanner.settle(self._deliver_anywhere)
+                self._mark_all(watch)
+                self._address_space_gone()
+
+    def flush_tlbs(self, slot: MemorySlot) -> None:
+        """Do nothing: the kernel flushes before the scan returns."""
+
+    def refuses(self, start: int, nbytes: int) -> DirtyLogError | None:
+        """Return why memory cannot be watched, or None if it is from now on."""
+        with self.mmu_lock:
+            uffd, _ = self._descriptors()
+            try:
+                uffd.register(start, nbytes)
+            except DirtyLogError as error:
+                return error
+        return None
+
+    def close(self) -> None:
+        """Close the descriptors: the kernel forgets what was registered."""
+        with self.mmu_lock:
+            self._watched.clear()
+            if self._uffd is not None:
+                self._uffd.close()
+                self._pagemap.close()
+                self._uffd = self._scanner = None
+
+    # --- for kinds of memory
+
+    def _neighbours(self, watch: Watch) -> list[Watch]:  # noqa: ARG002 - for those who have some
+        """Return other slots that lie on the same pages: what is taken for one is taken for all. Mappings never overlap."""
+        return []
+
+    def _let_go(self, uffd: Userfaultfd, watch: Watch) -> None:
+        """Unregister a slot's memory."""
+        try:
+            uffd.unregister(watch.start, watch.end - watch.start)
+        except DirtyLogError as error:
+            # It was unmapped, or is gone with its address space: there is nothing to let go of.
+            if error.errno not in (errno.EINVAL, errno.ENOMEM, errno.ESRCH):
+                raise
+
+    def _address_space_gone(self) -> None:
+        """Raise what there is to say of that; if it returns, all pages count as written."""
+
+    # --- scans, with mmu_lock held
+
+    def _descriptors(self) -> tuple[Userfaultfd, Scanner]:
+        if self._uffd is None or self._scanner is None:
+            self._uffd, self._pagemap = self._open()
+            self._scanner = Scanner(self._pagemap)
+        return self._uffd, self._scanner
+
+    def _arm(self, watch: Watch, scanner: Scanner) -> None:
+        """Arm a slot, and note what is there. What was written before counts for its neighbours only."""
+        there: list[DirtyWords] = []
+
+        def note(regions: NDArray[np.void]) -> None:
+            if watch.slot.anonymous:
+                there.append(watch.words(regions[(regions["categories"] & _THERE) != 0]))
+            for neighbour in watch.neighbours:
+                neighbour.mark(neighbour.words(regions))
+
+        returned = Category.WRITTEN | POPULATED
+        if watch.slot.anonymous:
+            # First what is there; then, if the holes are to be armed too, what has come to be there meanwhile.
+            scanner.take(watch.start, watch.end, note, anyof=POPULATED, returned=returned)
+            if self._is_sparse(watch.slot, sum(int(np.bitwise_count(words.values).sum()) for words in there)):
+                watch.populated = DirtyBitmap(watch.slot.npages)
+            else:
+                scanner.take(watch.start, watch.end, note, returned=returned)
+            watch.contents = _union(watch.slot.npages, there)
+            if watch.populated is not None:
+                watch.populated.set_words(watch.contents)
+        else:
+            scanner.take(watch.start, watch.end, note)
+
+    def _is_sparse(self, slot: MemorySlot, populated: int) -> bool:
+        return not sees_discarded_tables() or (slot.npages > _SMALL and populated * _POPULATED < slot.npages)
+
+    def _take(self, watch: Watch, scanner: Scanner) -> None:
+        def deliver(regions: NDArray[np.void]) -> None:
+            watch.mark(watch.words(regions))
+            for neighbour in watch.neighbours:
+                neighbour.mark(neighbour.words(regions))
+
+        if watch.populated is None:
+            scanner.take(watch.start, watch.end, deliver)
+            return
+        scanner.take(watch.start, watch.end, deliver, anyof=POPULATED)
+        scanner.holes(watch.start, watch.end, lambda regions: self._discarded(watch, regions))
+
+    def _discarded(self, watch: Watch, holes: NDArray[np.void]) -> None:
+        """Report the pages that were there before and lie in holes now."""
+        populated = watch.populated
+        if populated is None:
+            return
+        first = (holes["start"].astype(np.int64) - watch.start) >> watch.shift
+        end = (holes["end"].astype(np.int64) - watch.start) >> watch.shift
+        gone = words_in_holes(populated.nonzero_words(), first, end)
+        if gone:
+            watch.mark(gone)
+            for neighbour in watch.neighbours:
+                neighbour.mark(neighbour.words(holes))
+            watch.populated = populated - DirtyBitmap.from_words(watch.slot.npages, gone)
+
+    def _watch_anew(self, watch: Watch, scanner: Scanner) -> None:
+        """Register a slot again, part of which was mapped anew; what has just been registered counts as written."""
+        scanner.settle(self._deliver_anywhere)
+        try:
+            self._descriptors()[0].register(watch.start, watch.end - watch.start)
+            self._take(watch, scanner)
+        except DirtyLogError:
+            # It is being mapped right now, or somebody else watches it: until that ends every get reports all of it.
+            scanner.settle(self._deliver_anywhere)
+            self._mark_all(watch)
+
+    def _mark_all(self, watch: Watch) -> None:
+        for one in (watch, *watch.neighbours):
+            if one.slot.dirty_bitmap is not None:
+                one.slot.dirty_bitmap.merge(words_of_range(0, one.slot.npages))
+
+    def _deliver_anywhere(self, regions: NDArray[np.void]) -> None:
+        """Deliver what an earlier scan left, to whichever slots it belongs."""
+        for watch in self._watched.values():
+            watch.mark(watch.words(regions))
+
+
+def _union(npages: int, parts: Iterable[DirtyWords]) -> DirtyWords:
+    union = DirtyBitmap(npages)
+    for words in parts:
+        union.set_words(words)
+    return union.nonzero_words()
