@@ -23,11 +23,11 @@ def track(buffer: Any, *, port: str = "auto") -> DirtyLog:  # noqa: ANN401 - wha
     """Log the writes to a buffer of this process, from now on, and return the log: ``log.get(0)`` has the pages written since.
 
     ``buffer`` is a NumPy array, a bytearray, an mmap, shared memory, a memoryview, or a tensor on the CPU. It need not begin at a
-    page: the pages that cover it are logged (``log.memory.offset`` is where it begins in the first), and what else lies on them is a
-    false positive. Close the log at the end, or use it as a context manager. A forked child has no part in it.
+    page: the pages that cover it are logged (``log.memory.offset`` is where it begins in the first), and what else lies on them is
+    a false positive. Close the log at the end, or use it as a context manager. A forked child has no part in it.
 
-    ``port`` is "uffd" (Linux 6.7), "compare" (a copy, anywhere; it takes the time to read all of the buffer), or "auto": the first of
-    these that works. ``log.memory.port.name`` says which, and ``log.memory.blind_spots`` what it cannot see.
+    ``port`` is "uffd" (Linux 6.7), "compare" (a copy, anywhere; it takes the time to read all of the buffer), or "auto": the first
+    of these that works. ``log.memory.port.name`` says which, and ``log.memory.blind_spots`` what it cannot see.
 
     Raises :class:`InvalidArgumentError`; :class:`UnsupportedError` or :class:`AccessDeniedError` where ``port`` cannot be had.
     """

@@ -95,7 +95,7 @@ class UnsharedDescriptor(Descriptor):
     """
 
     _open: ClassVar[weakref.WeakSet[UnsharedDescriptor]] = weakref.WeakSet()
-    _of_parent = False
+    left_to_parent = False
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
@@ -106,11 +106,11 @@ class UnsharedDescriptor(Descriptor):
         """Close every one, in a child."""
         for descriptor in list(cls._open):
             descriptor.close()
-            descriptor._of_parent = True
+            descriptor.left_to_parent = True
 
     def fileno(self) -> int:
         """Return the descriptor, or raise :class:`DirtyLogError` when it is closed or was left to the parent."""
-        if self._of_parent:
+        if self.left_to_parent:
             raise DirtyLogError(
                 "this log is the parent process's", errno=errno.EBADF, remedy="a forked child starts one of its own"
             )

@@ -1,0 +1,96 @@
+"""All threads of another process stopped, and let go again, without a signal that it or its parent could see."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dirtylog.errors import DirtyLogError, TargetGoneError
+from dirtylog.linux.injection import has_signal
+from dirtylog.linux.ptrace import Option, Tracee
+from dirtylog.linux.signals import block_signals
+
+if TYPE_CHECKING:
+    from dirtylog.linux.arch.architecture import Architecture
+
+
+class Freezer:
+    """A process can be frozen for as long as it takes. Should we die meanwhile, the kernel lets it run on."""
+
+    def __init__(self, pid: int, architecture: Architecture[Any] | None) -> None:
+        self._pid = pid
+        self._architecture = architecture
+        self._thread: threading.Thread | None = None
+        self._thaw = threading.Event()
+        self._ready = threading.Event()
+        self._errors: list[BaseException] = []
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it is frozen now."""
+        return self._thread is not None
+
+    def freeze(self) -> None:
+        """Return when no thread of the process runs. A second call does nothing."""
+        if self._thread is not None:
+            return
+        self._thaw.clear()
+        self._ready.clear()
+        self._errors.clear()
+        self._thread = threading.Thread(target=self._run, name="dirtylog-ptrace", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._errors:
+            self.thaw()
+            raise self._errors[0]
+
+    def thaw(self) -> None:
+        """Let it run on. A second call does nothing."""
+        if self._thread is not None:
+            self._thaw.set()
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        block_signals()
+        tracees: dict[int, Tracee] = {}
+        try:
+            self._stop_all(tracees)
+        except BaseException as error:  # noqa: BLE001 - it is raised in the thread that waits
+            self._errors.append(error)
+        self._ready.set()
+        self._thaw.wait()
+        for tracee in tracees.values():
+            self._let_go(tracee)
+
+    def _stop_all(self, tracees: dict[int, Tracee]) -> None:
+        """Stop threads until there is none that runs: one that runs may start another."""
+        while True:
+            try:
+                found = [int(entry.name) for entry in Path(f"/proc/{self._pid}/task").iterdir()]
+            except FileNotFoundError as error:
+                raise TargetGoneError(f"process {self._pid} is gone", pid=self._pid) from error
+            new = [tid for tid in found if tid not in tracees]
+            if not new:
+                return
+            for tid in new:
+                try:
+                    tracee = Tracee(self._pid, tid, Option.NONE)
+                    tracee.stop()
+                except TargetGoneError:
+                    continue  # a thread that has ended
+                tracees[tid] = tracee
+
+    def _let_go(self, tracee: Tracee) -> None:
+        try:
+            if self._architecture is not None:
+                registers = self._architecture.save(tracee)
+                number, result = self._architecture.interrupted(registers)
+                if number in self._architecture.interruptible and result == -errno.EINTR and not has_signal(tracee):
+                    self._architecture.again(registers)
+                    self._architecture.restore(tracee, registers)
+            tracee.detach()
+        except DirtyLogError:
+            pass  # it has ended: nothing is there to be let go

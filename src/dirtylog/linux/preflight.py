@@ -1,0 +1,125 @@
+"""Whether a system call can be made in another process without harm; looked at before anything is done to it."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dirtylog.errors import AccessDeniedError, DirtyLogError, InvalidArgumentError, TargetGoneError, UnsupportedError
+from dirtylog.linux.ptrace import ATTACH_REMEDY
+
+if TYPE_CHECKING:
+    from dirtylog.linux.arch.architecture import Architecture
+
+_AGENT = "let the program run dirtylog.agent, or use port compare"
+_GO_MAGIC = b"\xff Go buildinf:"
+_ELF_MACHINE = 18
+_GONE = "ZXx"
+
+
+class Status(NamedTuple):
+    """What /proc/PID/status says that matters here. ``pinned`` is in bytes."""
+
+    state: str
+    tracer: int
+    seccomp: bool
+    has_memory: bool
+    pinned: int
+    shadow_stack: bool
+
+
+def read_status(pid: int, tid: int | None = None) -> Status:
+    """Return the status of a process, or of one of its threads; :class:`TargetGoneError` if there is none."""
+    path = Path(f"/proc/{pid}/status" if tid is None else f"/proc/{pid}/task/{tid}/status")
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise TargetGoneError(f"there is no process {pid}", pid=pid) from error
+    values = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return Status(
+        state=values.get("State", "?")[:1],
+        tracer=int(values.get("TracerPid", 0)),
+        seccomp=values.get("Seccomp", "0") != "0",
+        has_memory="VmSize" in values,
+        pinned=int(values.get("VmPin", "0 kB").split()[0]) << 10,
+        shadow_stack="shstk" in values.get("x86_Thread_features", ""),
+    )
+
+
+def check_process(pid: int, architecture: Architecture[Any]) -> Status:
+    """Return the status of a process in which a system call can be made, or raise why it cannot."""
+    status = read_status(pid)
+    if status.state in _GONE:
+        raise TargetGoneError(f"process {pid} has ended", pid=pid, reason="its parent has not asked for its exit status yet")
+    if not status.has_memory:
+        raise InvalidArgumentError(f"{pid} is a thread of the kernel: it has no memory of its own", pid=pid)
+    if status.tracer:
+        raise UnsupportedError(
+            f"process {pid} is being traced by process {status.tracer}",
+            pid=pid,
+            remedy=f"end the debugger or tracer, or {_AGENT}",
+        )
+    if status.state in "Tt":
+        raise UnsupportedError(f"process {pid} is stopped", pid=pid, remedy=f"let it go on (kill -CONT {pid}), then try again")
+    if status.shadow_stack:
+        raise UnsupportedError(
+            f"process {pid} has a shadow stack", pid=pid, reason="the return into a signal frame would end it", remedy=_AGENT
+        )
+    _check_executable(pid, architecture)
+    return status
+
+
+def _check_executable(pid: int, architecture: Architecture[Any]) -> None:
+    try:
+        with Path(f"/proc/{pid}/exe").open("rb") as file:
+            head = file.read(64)
+            machine = int.from_bytes(head[_ELF_MACHINE : _ELF_MACHINE + 2], "little")
+            if head[:5] != b"\x7fELF\x02" or machine != architecture.elf_machine:
+                raise UnsupportedError(
+                    f"process {pid} is a program for another machine",
+                    pid=pid,
+                    reason=f"ELF machine {machine}, class {head[4:5].hex()}; this is {architecture.elf_machine}, class 02",
+                    remedy=_AGENT,
+                )
+            with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as image:
+                if image.find(_GO_MAGIC) >= 0:
+                    raise UnsupportedError(
+                        f"process {pid} is a Go program",
+                        pid=pid,
+                        reason="a goroutine's stack may have no room for a signal frame",
+                        remedy="use port compare",
+                    )
+    except PermissionError as error:
+        raise AccessDeniedError(f"cannot look at process {pid}", errno=error.errno, pid=pid, remedy=ATTACH_REMEDY) from error
+    except FileNotFoundError as error:
+        raise TargetGoneError(f"there is no process {pid}", pid=pid) from error
+    except OSError as error:
+        raise DirtyLogError(f"cannot read the program of process {pid}", pid=pid, reason=str(error)) from error
+
+
+def threads_by_preference(pid: int, architecture: Architecture[Any]) -> list[int]:
+    """Return the threads in which to make a system call, best first.
+
+    First those in a sleep that goes on after a stop as if nothing had been, then those that run, then those in a system call that
+    may end with EINTR. One in an uninterruptible sleep cannot be stopped.
+    """
+    ranked: list[tuple[int, int]] = []
+    for entry in Path(f"/proc/{pid}/task").iterdir():
+        tid = int(entry.name)
+        try:
+            call = (entry / "syscall").read_text(encoding="ascii").split()
+            state = read_status(pid, tid).state
+        except (OSError, TargetGoneError):
+            continue
+        if state not in "D" + _GONE:
+            number = -1 if call[0] == "running" else int(call[0])
+            ranked.append((0 if number in architecture.restartable else 1 if number < 0 else 2, tid))
+    if not ranked:
+        raise UnsupportedError(
+            f"no thread of process {pid} can be stopped now",
+            pid=pid,
+            reason="they are in uninterruptible sleeps: waiting for a disk, or for a child of vfork",
+            remedy="try again",
+        )
+    return [tid for _, tid in sorted(ranked)]

@@ -1,0 +1,272 @@
+"""ptrace(2): one thread of another process, stopped, looked at and changed.
+
+Facts about the kernel that this file relies on (ptrace(2), kernel/ptrace.c):
+
+* A tracee belongs to the *thread* that seized it: every request must come from there, and when that thread ends, however it ends,
+  the kernel detaches its tracees, and they run on.
+* PTRACE_SEIZE does not stop, and PTRACE_INTERRUPT stops without a signal: the tracee sees neither.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import errno
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from dirtylog.errors import AccessDeniedError, DirtyLogError, TargetGoneError
+from dirtylog.linux.layout import U32, U64, Struct, struct
+
+if TYPE_CHECKING:
+    from dirtylog.linux.layout import Struct as AnyStruct
+
+S = TypeVar("S", bound=Struct)
+
+_WALL = 0x40000000
+_EVENT_STOP = 128
+_SYSCALL_SIGNAL = signal.SIGTRAP | 0x80
+ALL_SIGNALS = (1 << 64) - 1
+_SPIN_SECONDS = 0.002
+_NAP_SECONDS = 0.0002
+STOP_SECONDS = 10.0
+"""How long a thread may take to stop: one in an uninterruptible sleep takes as long as that sleep."""
+
+
+class Request(enum.IntEnum):
+    """PTRACE_*."""
+
+    CONT = 7
+    DETACH = 17
+    SYSCALL = 24
+    SETOPTIONS = 0x4200
+    GETREGSET = 0x4204
+    SETREGSET = 0x4205
+    SEIZE = 0x4206
+    INTERRUPT = 0x4207
+    LISTEN = 0x4208
+    GETSIGMASK = 0x420A
+    SETSIGMASK = 0x420B
+    GET_RSEQ_CONFIGURATION = 0x420F
+    GET_SYSCALL_USER_DISPATCH_CONFIG = 0x4211
+
+
+class Option(enum.IntFlag):
+    """PTRACE_O_*."""
+
+    NONE = 0
+    TRACESYSGOOD = 1
+    TRACEEXEC = 1 << 4
+    TRACEEXIT = 1 << 6
+    EXITKILL = 1 << 20
+    SUSPEND_SECCOMP = 1 << 21
+
+
+class Event(enum.IntEnum):
+    """Why a tracee stopped."""
+
+    SIGNAL = 0
+    EXEC = 4
+    EXIT = 6
+    TRAP = _EVENT_STOP
+    """After PTRACE_INTERRUPT."""
+    GROUP = _EVENT_STOP + 1
+    """A job-control stop of the whole process."""
+    SYSCALL = _EVENT_STOP + 2
+
+
+class Stop(NamedTuple):
+    """A stop: why, and with which signal."""
+
+    event: Event
+    signal: int
+
+
+@struct(24)
+class RseqConfiguration(Struct):
+    """ptrace_rseq_configuration."""
+
+    rseq_abi_pointer: U64
+    rseq_abi_size: U32
+    signature: U32
+    flags: U32
+    pad: U32
+
+
+@struct(32)
+class SyscallUserDispatch(Struct):
+    """ptrace_sud_config."""
+
+    mode: U64
+    selector: U64
+    offset: U64
+    len: U64
+
+
+class _IoVector(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ptrace.restype = ctypes.c_long
+_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+
+
+def ptrace(request: Request, tid: int, address: int = 0, data: int = 0) -> None:
+    """Make one request. Safe: callers pass integers, or the address of a buffer of the request's length that they keep alive."""
+    if _libc.ptrace(request, tid, address, data) == -1:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), request.name)
+
+
+class Tracee:
+    """One thread of another process, seized. Used by the thread that made it only."""
+
+    def __init__(self, pid: int, tid: int, options: Option) -> None:
+        self.pid = pid
+        self.tid = tid
+        self.held: list[int] = []
+        """Signals that could not be let through: they are sent again after the detach."""
+        try:
+            ptrace(Request.SEIZE, tid, 0, options)
+        except OSError as error:
+            raise self.error(error, "cannot attach to") from error
+
+    def interrupt(self) -> None:
+        """Ask it to stop; :meth:`wait` for that."""
+        self._ask(Request.INTERRUPT)
+
+    def resume(self, request: Request = Request.CONT, sig: int = 0) -> None:
+        """Let it run: CONT, SYSCALL (to the next boundary of a system call) or LISTEN (in a group stop)."""
+        self._ask(request, data=sig)
+
+    def detach(self) -> None:
+        """Let it go, and send it the signals that were held."""
+        self._ask(Request.DETACH)
+        for sig in self.held:
+            os.kill(self.pid, sig)
+
+    def wait(self, seconds: float = STOP_SECONDS) -> Stop:
+        """Wait until it stops. :class:`TargetGoneError` if it ends instead."""
+        began = time.monotonic()
+        while True:
+            try:
+                tid, status = os.waitpid(self.tid, os.WNOHANG | _WALL)
+            except ChildProcessError as error:
+                raise TargetGoneError(f"process {self.pid} is gone", pid=self.pid) from error
+            if tid:
+                break
+            waited = time.monotonic() - began
+            if waited > seconds:
+                raise DirtyLogError(
+                    f"thread {self.tid} of process {self.pid} does not stop",
+                    pid=self.pid,
+                    reason=f"it is in an uninterruptible sleep for {seconds:g} s",
+                    remedy="try again",
+                )
+            # A stop takes some 50 us, and a nap half as long again.
+            if waited < _SPIN_SECONDS:
+                os.sched_yield()
+            else:
+                time.sleep(_NAP_SECONDS)
+        if not os.WIFSTOPPED(status):
+            raise TargetGoneError(f"process {self.pid} is gone", pid=self.pid, reason="it ended")
+        return _stop_of(status)
+
+    def wait_for(self, event: Event, request: Request, sig: int = 0) -> None:
+        """Resume with ``request`` until a stop of this kind; other stops are passed by, and a signal that comes is let through.
+
+        While every signal is blocked only SIGSTOP can come: it is held.
+        """
+        self.resume(request, sig)
+        while (stop := self.wait()).event is not event:
+            if stop.event is Event.SIGNAL:
+                self.held.append(stop.signal)
+            self.resume(request)
+
+    def stop(self) -> None:
+        """Interrupt it, and return when it stands. A signal that was on its way is let through first."""
+        self.interrupt()
+        while (stop := self.wait()).event is not Event.TRAP:
+            self.resume(sig=stop.signal if stop.event is Event.SIGNAL else 0)
+
+    def registers(self, kind: type[S], note: int) -> S:
+        """Return a register set as a struct."""
+        value = kind()
+        vector = _IoVector(ctypes.addressof(value), ctypes.sizeof(value))
+        self._ask(Request.GETREGSET, note, ctypes.addressof(vector))
+        return value
+
+    def set_registers(self, value: AnyStruct, note: int) -> None:
+        """Set a register set."""
+        vector = _IoVector(ctypes.addressof(value), ctypes.sizeof(value))
+        self._ask(Request.SETREGSET, note, ctypes.addressof(vector))
+
+    def raw_registers(self, note: int, nbytes: int) -> bytes:
+        """Return a register set of at most ``nbytes``; empty if there is none."""
+        buffer = ctypes.create_string_buffer(nbytes)
+        vector = _IoVector(ctypes.addressof(buffer), nbytes)
+        try:
+            self._ask(Request.GETREGSET, note, ctypes.addressof(vector))
+        except DirtyLogError:
+            return b""
+        return buffer.raw[: vector.len]
+
+    def signal_mask(self) -> int:
+        """Return the blocked signals, one bit each."""
+        mask = ctypes.c_uint64()
+        self._ask(Request.GETSIGMASK, ctypes.sizeof(mask), ctypes.addressof(mask))
+        return mask.value
+
+    def set_signal_mask(self, blocked: int) -> None:
+        """Set the blocked signals."""
+        mask = ctypes.c_uint64(blocked)
+        self._ask(Request.SETSIGMASK, ctypes.sizeof(mask), ctypes.addressof(mask))
+
+    def set_options(self, options: Option) -> None:
+        """Set the options."""
+        self._ask(Request.SETOPTIONS, data=options)
+
+    def configuration(self, request: Request, kind: type[S]) -> S | None:
+        """Return what one of the two GET_..._CONFIG requests says; None where the kernel does not have it."""
+        value = kind()
+        try:
+            ptrace(request, self.tid, ctypes.sizeof(value), ctypes.addressof(value))
+        except OSError as error:
+            if error.errno == errno.ESRCH:
+                raise self.error(error, "lost") from error
+            return None
+        return value
+
+    def error(self, error: OSError, what: str) -> DirtyLogError:
+        """Return the typed error for a request that failed."""
+        name = errno.errorcode.get(error.errno or 0)
+        message = f"{what} thread {self.tid} of process {self.pid}"
+        if error.errno == errno.ESRCH:
+            return TargetGoneError(message, pid=self.pid, reason="it is gone")
+        if error.errno == errno.EPERM:
+            return AccessDeniedError(message, errno=error.errno, pid=self.pid, reason="ptrace says EPERM", remedy=ATTACH_REMEDY)
+        return DirtyLogError(message, errno=error.errno, pid=self.pid, reason=f"ptrace says {name}")
+
+    def _ask(self, request: Request, address: int = 0, data: int = 0) -> None:
+        try:
+            ptrace(request, self.tid, address, data)
+        except OSError as error:
+            raise self.error(error, f"{request.name} failed for") from error
+
+
+ATTACH_REMEDY = (
+    "be root or have CAP_SYS_PTRACE; as the same user, kernel.yama.ptrace_scope must be 0; in a container add --cap-add "
+    "SYS_PTRACE; or let the program run dirtylog.agent"
+)
+
+
+def _stop_of(status: int) -> Stop:
+    sig, event = os.WSTOPSIG(status), status >> 16
+    if event == _EVENT_STOP:
+        return Stop(Event.TRAP if sig == signal.SIGTRAP else Event.GROUP, sig)
+    if sig == _SYSCALL_SIGNAL:
+        return Stop(Event.SYSCALL, sig)
+    return Stop(Event(event), sig) if event in (Event.EXEC, Event.EXIT) else Stop(Event.SIGNAL, sig)
