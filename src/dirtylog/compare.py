@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
+from dirtylog.errors import UnsupportedError
+from dirtylog.guests.host import host_memory
 from dirtylog.port import Exactness, SyncPort
 from dirtylog.words import words_of_pages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from dirtylog.errors import DirtyLogError
     from dirtylog.memslot import MemorySlot
 
 # What is copied at once; it should stay in the processor's cache.
@@ -71,6 +74,17 @@ class ComparePort(SyncPort):
                         slot.dirty_bitmap.merge(words_of_pages(np.flatnonzero(differs) + first))
                 # After the bits: an interrupt between the two reports these pages again.
                 before[differs] = now[differs]
+
+    def refuses(self, start: int, nbytes: int) -> DirtyLogError | None:  # noqa: ARG002 - where it lies does not matter
+        """Return why memory cannot be logged: there is no room for a copy."""
+        total = host_memory()
+        if total is not None and nbytes > total // 2:
+            return UnsupportedError("there is no room for a copy", reason=f"{nbytes} bytes, and this host has {total}")
+        return None
+
+    def close(self) -> None:
+        """Forget all copies."""
+        self._shadows.clear()
 
     def flush_tlbs(self, slot: MemorySlot) -> None:
         """Do nothing: there is nothing to protect."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import itertools
 import operator
 import threading
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from dirtylog.errors import BadSlotError, InvalidArgumentError, LoggingOffError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from dirtylog.slotbitmap import SlotBitmap
 
@@ -152,6 +153,23 @@ class SlotTable:
             slot = self[slot_id]
             self._slots = {key: other for key, other in self._slots.items() if key != slot_id}
             return slot
+
+    def change(self, remove: Iterable[MemorySlot], add: Iterable[MemorySlot]) -> None:
+        """Remove and add any number of slots in one step, or none of them: the errors are those of :meth:`add`."""
+        with self.lock:
+            gone = {slot.id for slot in remove}
+            slots = {key: slot for key, slot in self._slots.items() if key not in gone}
+            for slot in add:
+                self.check_id(slot.id)
+                if slot.id in slots:
+                    raise BadSlotError(f"slot {slot.id} exists already; remove it first", errno=errno.EEXIST, slot=slot.id)
+                slots[slot.id] = slot
+            ordered = sorted(slots.values(), key=lambda slot: (slot.address_space, slot.base_gfn * slot.page_size))
+            for before, slot in itertools.pairwise(ordered):
+                end = before.base_gfn * before.page_size + before.nbytes
+                if slot.address_space == before.address_space and slot.base_gfn * slot.page_size < end:
+                    raise BadSlotError(f"slot {slot.id} overlaps slot {before.id}", errno=errno.EEXIST, slot=slot.id)
+            self._slots = slots
 
     def check_move(self, slot_id: int, base_gfn: int) -> MemorySlot:
         """Return the slot if it may move to ``base_gfn``, or raise what :meth:`add` would."""

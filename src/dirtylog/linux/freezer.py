@@ -7,7 +7,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dirtylog.errors import DirtyLogError, TargetGoneError
+from dirtylog.errors import DirtyLogError, TargetGoneError, UnsupportedError
+from dirtylog.linux.arch import host_architecture
 from dirtylog.linux.injection import has_signal
 from dirtylog.linux.ptrace import Option, Tracee
 from dirtylog.linux.signals import block_signals
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 class Freezer:
     """A process can be frozen for as long as it takes. Should we die meanwhile, the kernel lets it run on."""
 
-    def __init__(self, pid: int, architecture: Architecture[Any] | None) -> None:
+    def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._architecture = architecture
+        self._architecture = _known_architecture()
         self._thread: threading.Thread | None = None
         self._thaw = threading.Event()
         self._ready = threading.Event()
@@ -94,3 +95,11 @@ class Freezer:
             tracee.detach()
         except DirtyLogError:
             pass  # it has ended: nothing is there to be let go
+
+
+def _known_architecture() -> Architecture[Any] | None:
+    """Return this host's, if it is known how to have a system call made again that the stop has ended."""
+    try:
+        return host_architecture()
+    except UnsupportedError:
+        return None

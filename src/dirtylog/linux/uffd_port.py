@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from dirtylog.bitmap import DirtyBitmap
-from dirtylog.errors import AccessDeniedError, DirtyLogError, TargetGoneError
+from dirtylog.errors import AccessDeniedError, DirtyLogError, InvalidArgumentError, TargetGoneError
 from dirtylog.linux.abi import Category
 from dirtylog.linux.holes import words_in_holes
 from dirtylog.linux.pagemap import POPULATED, Pagemap, Scanner
@@ -92,12 +92,14 @@ class UffdPort(SyncPort):
 
     def __init__(self, open_descriptors: Callable[[], tuple[Userfaultfd, Pagemap]]) -> None:
         super().__init__()
-        self._open = open_descriptors
+        self._open_descriptors = open_descriptors
         self._uffd: Userfaultfd | None = None
         self._scanner: Scanner | None = None
         # It guards the scanner too, which several memories of this process share, and is held throughout a scan.
         self.mmu_lock = threading.RLock()
         self._watched: dict[MemorySlot, Watch] = {}
+        self.always: dict[MemorySlot, DirtyWords] = {}
+        """Pages that count as written at every sync: pinned for a device, which writes them without a fault."""
 
     # --- hooks
 
@@ -106,14 +108,19 @@ class UffdPort(SyncPort):
         watch = Watch(slot, slot.host_address, slot.host_address + slot.nbytes, slot.page_size.bit_length() - 1)
         with self.mmu_lock:
             uffd, scanner = self._descriptors()
-            uffd.register(watch.start, slot.nbytes)
             watch.neighbours = self._neighbours(watch)
             self._watched[slot] = watch
-            self._arm(watch, scanner)
+            try:
+                uffd.register(watch.start, slot.nbytes)
+                self._arm(watch, scanner)
+            except (AccessDeniedError, InvalidArgumentError) as error:
+                scanner.settle(self._deliver_anywhere)
+                self._cannot_arm(watch, error)
 
     def stop_logging(self, slot: MemorySlot) -> None:
         """Let go of the slot's memory."""
         with self.mmu_lock:
+            self.always.pop(slot, None)
             watch = self._watched.pop(slot, None)
             if watch is not None and self._uffd is not None and not self._uffd.closed:
                 self._let_go(self._uffd, watch)
@@ -138,9 +145,12 @@ class UffdPort(SyncPort):
             except AccessDeniedError:
                 self._watch_anew(watch, scanner)
             except TargetGoneError:
-                scanner.settle(self._deliver_anywhere)
-                self._mark_all(watch)
                 self._address_space_gone()
+                scanner.settle(self._deliver_anywhere)
+                self.mark_all(watch)
+            always = self.always.get(slot)
+            if always is not None:
+                watch.mark(always)
 
     def flush_tlbs(self, slot: MemorySlot) -> None:
         """Do nothing: the kernel flushes before the scan returns."""
@@ -154,6 +164,11 @@ class UffdPort(SyncPort):
             except DirtyLogError as error:
                 return error
         return None
+
+    def open(self) -> None:
+        """Have the descriptors now, which are otherwise had when they are needed; raises what keeps them away."""
+        with self.mmu_lock:
+            self._descriptors()
 
     def close(self) -> None:
         """Close the descriptors: the kernel forgets what was registered."""
@@ -179,6 +194,10 @@ class UffdPort(SyncPort):
             if error.errno not in (errno.EINVAL, errno.ENOMEM, errno.ESRCH):
                 raise
 
+    def _cannot_arm(self, watch: Watch, error: DirtyLogError) -> None:  # noqa: ARG002 - for those who can go on
+        """Raise that a slot cannot be armed, or go on without."""
+        raise error
+
     def _address_space_gone(self) -> None:
         """Raise what there is to say of that; if it returns, all pages count as written."""
 
@@ -186,7 +205,7 @@ class UffdPort(SyncPort):
 
     def _descriptors(self) -> tuple[Userfaultfd, Scanner]:
         if self._uffd is None or self._scanner is None:
-            self._uffd, self._pagemap = self._open()
+            self._uffd, self._pagemap = self._open_descriptors()
             self._scanner = Scanner(self._pagemap)
         return self._uffd, self._scanner
 
@@ -252,9 +271,10 @@ class UffdPort(SyncPort):
         except DirtyLogError:
             # It is being mapped right now, or somebody else watches it: until that ends every get reports all of it.
             scanner.settle(self._deliver_anywhere)
-            self._mark_all(watch)
+            self.mark_all(watch)
 
-    def _mark_all(self, watch: Watch) -> None:
+    def mark_all(self, watch: Watch) -> None:
+        """Count every page of a slot as written, and of its neighbours."""
         for one in (watch, *watch.neighbours):
             if one.slot.dirty_bitmap is not None:
                 one.slot.dirty_bitmap.merge(words_of_range(0, one.slot.npages))

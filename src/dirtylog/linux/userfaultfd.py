@@ -36,7 +36,7 @@ class Userfaultfd(UnsharedDescriptor):
     @classmethod
     def create(cls) -> Userfaultfd:
         """Return one for this process, enabled. :class:`UnsupportedError` or :class:`AccessDeniedError` where there can be none."""
-        uffd = cls(_new())
+        uffd = cls(new_userfaultfd())
         try:
             uffd.enable()
         except BaseException:
@@ -84,7 +84,7 @@ def missing_uffd() -> DirtyLogError | None:
     return None
 
 
-def _new() -> int:
+def new_userfaultfd() -> int:
     """Return a new userfaultfd: through the system call, which needs no privilege, or through the device."""
     # Safe: the call takes an integer and touches no memory.
     fd = int(_libc.syscall(abi.userfaultfd_number(), FLAGS))
@@ -113,7 +113,7 @@ def _refused(error: OSError) -> DirtyLogError:
 
 def _features() -> int:
     """Return the features that the kernel has. An attempt spends the descriptor, so it takes one of its own."""
-    with UnsharedDescriptor(_new()) as uffd:
+    with UnsharedDescriptor(new_userfaultfd()) as uffd:
         argument = abi.UffdioApi(api=abi.UFFD_API)
         uffd.ioctl(abi.UFFDIO_API, argument, "cannot ask for the features of userfaultfd")
         return int(argument.features)

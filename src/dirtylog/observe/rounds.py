@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -38,17 +39,32 @@ class Round:
         return sum(bitmap.count() * slot.page_size for slot, bitmap in self.dirty.items())
 
     def runs(self) -> NDArray[np.int64]:
-        """Return the runs of dirty pages as rows of (first guest frame number, number of pages), slot by slot."""
-        rows = [bitmap.runs() + np.array((slot.base_gfn, 0)) for slot, bitmap in self.dirty.items()]
+        """Return the runs of dirty pages as rows of (first frame number, number of pages), slot by slot.
+
+        A frame number is the address in pages: guest-physical, or of a process. Where slots have pages of several sizes it counts
+        the smallest.
+        """
+        unit = min((slot.page_size for slot in self.dirty), default=1)
+        rows = [
+            (bitmap.runs() + np.array((slot.base_gfn, 0))) * (slot.page_size // unit)
+            for slot, bitmap in self.dirty.items()
+            if bitmap
+        ]
         return np.concatenate(rows) if rows else np.empty((0, 2), np.int64)
 
 
-def rounds(log: DirtyLog, count: int, interval: float) -> Iterator[Round]:
-    """Yield ``count`` rounds of ``interval`` seconds. The log is on, and the source runs; it is not stopped in between."""
+def rounds(log: DirtyLog, count: int | None, interval: float) -> Iterator[Round]:
+    """Yield ``count`` rounds (None: without end) of ``interval`` seconds.
+
+    The log is on, and the source runs; it is not stopped in between.
+
+    Each begins its gets with an update of the slots: one that is new reports all that it holds.
+    """
     began = time.perf_counter()
-    for number in range(1, count + 1):
+    for number in itertools.count(1) if count is None else range(1, count + 1):
         time.sleep(max(0.0, began + interval - time.perf_counter()))
         before = time.perf_counter()
+        log.update()
         dirty = {slot: log.get(slot.id) for slot in log.memory.slots if slot.dirty_bitmap is not None}
         after = time.perf_counter()
         yield Round(number, before - began, after - before, dirty)

@@ -1,0 +1,28 @@
+"""Another process's writes, logged by a userfaultfd of its own that this process holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dirtylog.linux.uffd_port import UffdPort, Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dirtylog.errors import DirtyLogError
+    from dirtylog.linux.pagemap import Pagemap
+    from dirtylog.linux.userfaultfd import Userfaultfd
+
+
+class ProcessPort(UffdPort):
+    """As for a buffer, but what is watched comes and goes at any time: then all of it counts as written, and nothing fails."""
+
+    def __init__(self, attach: Callable[[], tuple[Userfaultfd, Pagemap]], check_alive: Callable[[], None]) -> None:
+        super().__init__(attach)
+        self._check_alive = check_alive
+
+    def _cannot_arm(self, watch: Watch, error: DirtyLogError) -> None:  # noqa: ARG002 - it was unmapped or mapped anew just now
+        self.mark_all(watch)
+
+    def _address_space_gone(self) -> None:
+        self._check_alive()
