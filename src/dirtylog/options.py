@@ -1,12 +1,15 @@
-"""What can be chosen for a KVM guest. Plain data, which needs no KVM and no Linux."""
+"""What can be chosen for a KVM guest, and for a process. Plain data, which needs no KVM and no Linux."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from dirtylog.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAX_ENTRIES = 65536
 """KVM_DIRTY_RING_MAX_ENTRIES."""
@@ -54,6 +57,19 @@ class KvmOptions:
             raise InvalidArgumentError(f"a ring of {ring_entries} entries goes with log ring, not with log {chosen.value}")
         entries = MAX_ENTRIES if ring_entries is None else ring_entries
         return cls(chosen, _member(Backing, backing or Backing.ANONYMOUS, "backing"), entries)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessOptions:
+    """How a process is logged: its port, and which of its mappings."""
+
+    port: str = "auto"
+    maps: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, port: str | None, maps: Sequence[str] | None) -> ProcessOptions:
+        """Return options from words as users write them."""
+        return cls(port or "auto", tuple(maps or ()))
 
 
 _E = TypeVar("_E", bound=enum.Enum)

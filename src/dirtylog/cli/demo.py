@@ -19,7 +19,7 @@ from dirtylog.observe.heatmap import HeatMap
 from dirtylog.observe.rounds import rounds
 from dirtylog.options import Log
 from dirtylog.size import format_size
-from dirtylog.target import open_target
+from dirtylog.target import open_guest
 
 if TYPE_CHECKING:
     import argparse
@@ -77,7 +77,7 @@ class Demo(Command):
 
 
 def _copy_running_guest(target: str, log_of_kvm: str | None = None) -> bool:
-    with open_target(target, size=_SIZE, log=log_of_kvm) as memory, DirtyLog(memory) as log:
+    with open_guest(target, size=_SIZE, log=log_of_kvm) as memory, DirtyLog(memory) as log:
         slot = memory.slots[RAM_SLOT]
         copy = memory.read(slot.id, np.arange(slot.npages))
         memory.resume()
@@ -100,7 +100,7 @@ def _copy(memory: EmulatedMemory | KvmMemory, dirty: np.ndarray[tuple[int], np.d
 def _draw(target: str, path: Path) -> None:
     nbytes = _PICTURE_SIZES[target]
     print(f"\nFour vCPUs of a guest of {format_size(nbytes)} ({target}): three write a hot set each, the last sweeps it all.")
-    with open_target(f"{target}:hotset", size=nbytes, vcpus=4) as memory, DirtyLog(memory) as log:
+    with open_guest(f"{target}:hotset", size=nbytes, vcpus=4) as memory, DirtyLog(memory) as log:
         slot = memory.slots[RAM_SLOT]
         picture = HeatMap(slot.npages, slot.page_size)
         began = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dirtylog.errors import DirtyLogError, TargetGoneError, UnsupportedError
 from dirtylog.linux.arch import host_architecture
@@ -17,11 +17,22 @@ if TYPE_CHECKING:
     from dirtylog.linux.arch.architecture import Architecture
 
 
+class Leader(Protocol):
+    """Who traces a process's first thread already, and must stop it for us."""
+
+    def pause(self) -> None:
+        """Return when the thread stands still."""
+
+    def go(self) -> None:
+        """Let it run on."""
+
+
 class Freezer:
     """A process can be frozen for as long as it takes. Should we die meanwhile, the kernel lets it run on."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, leader: Leader | None = None) -> None:
         self._pid = pid
+        self._leader = leader
         self._architecture = _known_architecture()
         self._thread: threading.Thread | None = None
         self._thaw = threading.Event()
@@ -37,6 +48,8 @@ class Freezer:
         """Return when no thread of the process runs. A second call does nothing."""
         if self._thread is not None:
             return
+        if self._leader is not None:
+            self._leader.pause()
         self._thaw.clear()
         self._ready.clear()
         self._errors.clear()
@@ -53,6 +66,8 @@ class Freezer:
             self._thaw.set()
             self._thread.join()
             self._thread = None
+            if self._leader is not None:
+                self._leader.go()
 
     def _run(self) -> None:
         block_signals()
@@ -73,7 +88,7 @@ class Freezer:
                 found = [int(entry.name) for entry in Path(f"/proc/{self._pid}/task").iterdir()]
             except FileNotFoundError as error:
                 raise TargetGoneError(f"process {self._pid} is gone", pid=self._pid) from error
-            new = [tid for tid in found if tid not in tracees]
+            new = [tid for tid in found if tid not in tracees and not (self._leader and tid == self._pid)]
             if not new:
                 return
             for tid in new:

@@ -123,17 +123,22 @@ def _inject(pid: int, architecture: Architecture[Any]) -> Userfaultfd:
     raise UnsupportedError(f"no thread of process {pid} can take a system call", pid=pid, reason=reason, remedy="try again")
 
 
-def find_code(pid: int, architecture: Architecture[Any], memory: int) -> Code:
-    """Return where the target has the code that is needed: in its C library, or in itself if it is linked statically."""
+def find_code(pid: int, architecture: Architecture[Any], memory: int, *, begun: bool = True) -> Code:
+    """Return where the target has the code that is needed: in its C library, or in itself if it is linked statically.
+
+    Of a program that has not ``begun`` a system call is enough, which the vdso has, too.
+    """
     found: dict[bytes, int] = {}
     mappings = read_mappings(pid)
-    texts = [one for one in mappings if one.permissions == "r-xp" and one.name.startswith("/")]
+    texts = [one for one in mappings if one.permissions == "r-xp"]
     for mapping in sorted(texts, key=lambda one: "libc" not in one.name):
         text = os.pread(memory, mapping.end - mapping.start, mapping.start)
         for code in (architecture.syscall_code, architecture.sigreturn_code):
             offset = text.find(code)
             if offset >= 0:
                 found.setdefault(code, mapping.start + offset)
+        if not begun and (offset := text.find(architecture.syscall_instruction)) >= 0:
+            return Code(memory, Gadgets(mapping.start + offset, 0), mappings)
         if len(found) == len(Gadgets._fields):
             return Code(memory, Gadgets(found[architecture.syscall_code], found[architecture.sigreturn_code]), mappings)
     raise UnsupportedError(

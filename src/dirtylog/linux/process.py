@@ -5,47 +5,38 @@ from __future__ import annotations
 import errno
 import os
 import select
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from dirtylog.bitmap import DirtyBitmap, checked_pages
+from dirtylog.bitmap import checked_pages
 from dirtylog.compare import ComparePort
 from dirtylog.errors import AccessDeniedError, DirtyLogError, InvalidArgumentError, TargetGoneError, UnsupportedError
 from dirtylog.linux.attach import Attached, attach
 from dirtylog.linux.freezer import Freezer
-from dirtylog.linux.mappings import Mapping, PageSizes, Selection, read_mappings
+from dirtylog.linux.mappings import Selection, read_mappings
 from dirtylog.linux.pagemap import Pagemap
-from dirtylog.linux.pins import NO_PINS, Pins, pins_of
-from dirtylog.linux.placement import Kind, Piece, Placed, plan
 from dirtylog.linux.process_port import ProcessPort
+from dirtylog.linux.process_slots import ProcessSlots, Skipped
 from dirtylog.linux.reading import read_runs, runs_of, write_runs
 from dirtylog.linux.soft_dirty import SoftDirtyPort, missing_soft_dirty
-from dirtylog.linux.uffd_port import UffdPort
-from dirtylog.log import stop_logging
-from dirtylog.memslot import MEM_MAX_NR_PAGES, MemorySlot, SlotTable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from numpy.typing import ArrayLike, NDArray
 
+    from dirtylog.linux.launch import Launched
     from dirtylog.linux.userfaultfd import Userfaultfd
+    from dirtylog.memslot import MemorySlot
     from dirtylog.port import Exactness
-    from dirtylog.words import DirtyWords
 
 PORTS = ("auto", "uffd", "soft-dirty", "compare")
-_SLOTS_PER_SPACE = 1 << 15
-_ADDRESS_SPACES = 1 << 15
-
-
-class Skipped(NamedTuple):
-    """A mapping that is not logged, and why."""
-
-    mapping: Mapping
-    reason: str
+_EXECS_AT_ONCE = 100
+_EXEC_SECONDS = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,24 +58,21 @@ class ProcessMemory:
     Raises :class:`TargetGoneError`, :class:`AccessDeniedError`, :class:`UnsupportedError`, :class:`InvalidArgumentError`.
     """
 
-    def __init__(self, pid: int, *, port: str = "auto", maps: Sequence[str] = ()) -> None:
+    def __init__(self, pid: int, *, port: str = "auto", maps: Sequence[str] = (), launched: Launched | None = None) -> None:
         if port not in PORTS:
             raise InvalidArgumentError(f"unknown port {port!r}; for a process it is one of: {', '.join(PORTS)}")
         self.pid = pid
-        self.skipped: tuple[Skipped, ...] = ()
         self.fallback = ""
         self.attached = Attached.NOT
-        self.slots = SlotTable(address_spaces=_ADDRESS_SPACES, slots_per_space=_SLOTS_PER_SPACE)
-        self._selection = Selection(tuple(maps))
-        self._placed: list[Placed] = []
-        self._numbers = 0
+        self._follows = ProcessSlots(pid, Selection(tuple(maps)))
+        self.slots = self._follows.table
         self._programs = 1
-        self._pins: Pins = NO_PINS
         self._closed = False
+        self._launched = launched
         self._pidfd = _open_process(pid)
         try:
             self._space = Pagemap(pid)
-            self._freezer = Freezer(pid)
+            self._freezer = Freezer(pid, launched)
             self._port = self._choose(port)
             self.update_slots()
         except BaseException:
@@ -111,31 +99,31 @@ class ProcessMemory:
     @property
     def incomplete(self) -> tuple[str, ...]:
         """Why writes may have been missed, as far as the kernel shows it."""
-        return tuple(self._gaps())
+        return tuple(self._follows.gaps(self._port))
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """The mappings that are not logged, and why."""
+        return self._follows.skipped
 
     @property
     def stats(self) -> ProcessStats:
         """What was counted so far."""
-        return ProcessStats(len(self._placed), len(self.skipped), self._programs)
+        return ProcessStats(len(self.slots), len(self.skipped), self._programs)
 
     def update_slots(self) -> list[MemorySlot]:
         """Make slots of new mappings, and return them; drop those of mappings that are gone, or are others now."""
-        self.check_alive()
         with self.slots.lock:
-            if not self._space.alive():
-                self._follow_exec()
-            mappings = [one for one in read_mappings(self.pid) if not one.of_the_kernel and one in self._selection]
-            self._pins = pins_of(self.pid)
-            todo = plan(self._placed, mappings)
-            for one in todo.remove:
-                stop_logging(self, one.slot.id)
-            added, skipped = self._make_slots(todo.pieces)
-            self.slots.change((one.slot for one in todo.remove), (one.slot for one in added))
-            self._placed = sorted((*todo.keep, *added), key=lambda one: one.start)
-            self.skipped = tuple(skipped)
-            self._mark_holes(todo.keep)
-            self._mark_pins()
-        return [one.slot for one in added]
+            for _ in range(_EXECS_AT_ONCE):
+                self.check_alive()
+                try:
+                    if not self._space.alive():
+                        self._follow_exec()
+                    return self._follows.follow(self, self._port)
+                except TargetGoneError:
+                    # It is ending, or it executes another program just now.
+                    time.sleep(_EXEC_SECONDS)
+            raise TargetGoneError(f"process {self.pid} executes one program after the other, or is ending", pid=self.pid)
 
     def read(self, slot: int, pages: ArrayLike, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """Return the contents of ``pages`` as uint8[k, page_size], in ``out`` if it is given. What is not mapped reads as zeros."""
@@ -168,11 +156,20 @@ class ProcessMemory:
         self._freezer.freeze()
 
     def resume(self) -> None:
-        """Let it run on."""
+        """Let it run on; a program that was started here stands still until the first call."""
         self._freezer.thaw()
+        if self._launched is not None:
+            self._launched.go()
+
+    def ending(self, seconds: float) -> bool:
+        """Wait so long, or less if a program that was started here ends; return whether it has, and waits for a last look."""
+        if self._launched is None:
+            time.sleep(seconds)
+            return False
+        return self._launched.ending.wait(seconds)
 
     def check(self) -> None:
-        """Do nothing: what a process does wrong is its own affair."""
+        """Do nothing: a process that does something wrong ends, and an update sees that."""
 
     def check_alive(self) -> None:
         """Raise :class:`TargetGoneError` if the process has ended."""
@@ -190,6 +187,8 @@ class ProcessMemory:
                     slot.dirty_bitmap = None
                 self._port.close()
                 self._give_up()
+                if self._launched is not None:
+                    self._launched.close()
 
     def __enter__(self) -> Self:
         return self
@@ -242,7 +241,10 @@ class ProcessMemory:
     def _attach(self) -> tuple[Userfaultfd, Pagemap]:
         pagemap = Pagemap(self.pid)
         try:
-            uffd, self.attached = attach(self.pid)
+            if self._launched is not None:
+                uffd, self.attached = self._launched.userfaultfd(), Attached.STARTED
+            else:
+                uffd, self.attached = attach(self.pid)
         except BaseException:
             pagemap.close()
             raise
@@ -253,92 +255,18 @@ class ProcessMemory:
         start = slot.host_address + first * slot.page_size
         read_runs(self.pid, np.array([[start, nbytes]], np.uint64), out.reshape(-1))
 
-    # --- slots
-
     def _follow_exec(self) -> None:
         """Begin anew with the program that the process executes now: all that it has is new."""
-        for one in self._placed:
-            stop_logging(self, one.slot.id)
-        self.slots.change([one.slot for one in self._placed], ())
-        self._placed = []
+        self._follows.forget(self)
         self._port.close()
         self._space.close()
         self._space = Pagemap(self.pid)
         self._programs += 1
 
-    def _make_slots(self, pieces: Iterable[Piece]) -> tuple[list[Placed], list[Skipped]]:
-        added: list[Placed] = []
-        skipped: list[Skipped] = []
-        for mapping, span in pieces:
-            error = self._port.refuses(span.start, span.end - span.start)
-            if error is not None:
-                skipped.append(Skipped(mapping, _reason(error)))
-            else:
-                added += self._slots_of(mapping, span.start, span.end)
-        return added, skipped
-
-    def _slots_of(self, mapping: Mapping, start: int, end: int) -> Iterator[Placed]:
-        """Make the slots of a part of a mapping: one, unless it is larger than a slot can be."""
-        page_size = PageSizes(self.pid).of(mapping)
-        largest = MEM_MAX_NR_PAGES // 64 * 64 * page_size
-        for first in range(start, end, largest):
-            space, number = divmod(self._numbers, _SLOTS_PER_SPACE)
-            self._numbers += 1
-            slot = MemorySlot(
-                space % _ADDRESS_SPACES << 16 | number,
-                first // page_size,
-                (min(end, first + largest) - first) // page_size,
-                page_size,
-                host_address=first,
-                name=mapping.name,
-                permissions=mapping.permissions,
-                anonymous=mapping.anonymous,
-            )
-            yield Placed(slot, Kind.of(mapping))
-
-    def _mark_holes(self, placed: Iterable[Placed]) -> None:
-        """Count what has been unmapped in the middle of a slot as written: it reads as zeros now."""
-        for one in placed:
-            if one.new_holes:
-                with self._port.mmu_lock:
-                    if one.slot.dirty_bitmap is not None:
-                        one.slot.dirty_bitmap.merge(_words(one.slot, one.holes))
-
-    def _mark_pins(self) -> None:
-        if not isinstance(self._port, UffdPort):
-            return
-        spans = sorted((address, address + nbytes) for address, nbytes in self._pins.ranges)
-        self._port.always = {}
-        for one in self._placed if spans else ():
-            inside = [(max(start, one.start), min(end, one.end)) for start, end in spans if start < one.end and one.start < end]
-            if inside:
-                self._port.always[one.slot] = _words(one.slot, inside)
-
-    def _gaps(self) -> Iterator[str]:
-        for mapping, reason in self.skipped:
-            if mapping.permissions[1] == "w":
-                yield f"{mapping.start:#x}-{mapping.end:#x} {mapping.name} is not logged: {reason}"
-        if not isinstance(self._port, ComparePort):
-            if self._pins.unexplained:
-                yield f"{self._pins.unexplained} bytes are pinned for a device (VmPin), whose writes are not seen"
-            shared = [one.slot for one in self._placed if one.kind.shared and one.slot.permissions[1] == "w"]
-            if shared:
-                example = shared[0].name or hex(shared[0].host_address)
-                yield f"{len(shared)} mappings are shared (as {example}): what others write there is not seen"
-
     def _give_up(self) -> None:
         self._freezer.thaw()
         self._space.close()
         os.close(self._pidfd)
-
-
-def _words(slot: MemorySlot, spans: Iterable[tuple[int, int]]) -> DirtyWords:
-    """Return the pages of a slot that spans of addresses touch, which lie within it, ascending; two may share a page."""
-    pages = DirtyBitmap(slot.npages)
-    for start, end in spans:
-        first = (start - slot.host_address) // slot.page_size
-        pages.set_range(first, -(-(end - slot.host_address) // slot.page_size) - first)
-    return pages.nonzero_words()
 
 
 def _open_process(pid: int) -> int:
@@ -352,12 +280,3 @@ def _open_process(pid: int) -> int:
         if error.errno in (errno.EINVAL, errno.EOVERFLOW):
             raise InvalidArgumentError(f"{pid} is not a process id", pid=pid) from error
         raise TargetGoneError(f"there is no process {pid}", pid=pid) from error
-
-
-def _reason(error: DirtyLogError) -> str:
-    reasons = {
-        errno.EBUSY: "the process watches it with a userfaultfd of its own",
-        errno.EPERM: "it maps a file that may not be written",
-        errno.EINVAL: "the kernel does not watch that kind of memory",
-    }
-    return reasons.get(error.errno or 0, str(error))

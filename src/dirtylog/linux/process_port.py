@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
+from dirtylog.errors import TargetGoneError
 from dirtylog.linux.uffd_port import UffdPort, Watch
 
 if TYPE_CHECKING:
@@ -20,6 +22,13 @@ class ProcessPort(UffdPort):
     def __init__(self, attach: Callable[[], tuple[Userfaultfd, Pagemap]], check_alive: Callable[[], None]) -> None:
         super().__init__(attach)
         self._check_alive = check_alive
+
+    def refuses(self, start: int, nbytes: int) -> DirtyLogError | None:
+        """Return why memory cannot be watched; :class:`TargetGoneError` when the process has ended or executes another program."""
+        error = super().refuses(start, nbytes)
+        if error is not None and error.errno in (errno.ENOMEM, errno.ESRCH):
+            raise TargetGoneError("the address space is gone", errno=error.errno) from error
+        return error
 
     def _cannot_arm(self, watch: Watch, error: DirtyLogError) -> None:  # noqa: ARG002 - it was unmapped or mapped anew just now
         self.mark_all(watch)

@@ -14,6 +14,7 @@ import enum
 import errno
 import os
 import signal
+import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=Struct)
 
-_WALL = 0x40000000
+WALL = 0x40000000
+"""Of waitpid: threads too, which are no children."""
 _EVENT_STOP = 128
+_SIGINFO_BYTES = 128
 _SYSCALL_SIGNAL = signal.SIGTRAP | 0x80
 ALL_SIGNALS = (1 << 64) - 1
 _SPIN_SECONDS = 0.002
@@ -42,6 +45,7 @@ class Request(enum.IntEnum):
     DETACH = 17
     SYSCALL = 24
     SETOPTIONS = 0x4200
+    GETSIGINFO = 0x4202
     GETREGSET = 0x4204
     SETREGSET = 0x4205
     SEIZE = 0x4206
@@ -153,7 +157,7 @@ class Tracee:
         began = time.monotonic()
         while True:
             try:
-                tid, status = os.waitpid(self.tid, os.WNOHANG | _WALL)
+                tid, status = os.waitpid(self.tid, os.WNOHANG | WALL)
             except ChildProcessError as error:
                 raise TargetGoneError(f"process {self.pid} is gone", pid=self.pid) from error
             if tid:
@@ -173,7 +177,7 @@ class Tracee:
                 time.sleep(_NAP_SECONDS)
         if not os.WIFSTOPPED(status):
             raise TargetGoneError(f"process {self.pid} is gone", pid=self.pid, reason="it ended")
-        return _stop_of(status)
+        return stop_of(status)
 
     def wait_for(self, event: Event, request: Request, sig: int = 0) -> None:
         """Resume with ``request`` until a stop of this kind; other stops are passed by, and a signal that comes is let through.
@@ -225,6 +229,12 @@ class Tracee:
         mask = ctypes.c_uint64(blocked)
         self._ask(Request.SETSIGMASK, ctypes.sizeof(mask), ctypes.addressof(mask))
 
+    def signal_sender(self) -> int:
+        """Return the process that sent the signal at whose delivery it stopped (si_pid)."""
+        info = ctypes.create_string_buffer(_SIGINFO_BYTES)
+        self._ask(Request.GETSIGINFO, data=ctypes.addressof(info))
+        return int.from_bytes(info.raw[16:20], sys.byteorder)
+
     def set_options(self, options: Option) -> None:
         """Set the options."""
         self._ask(Request.SETOPTIONS, data=options)
@@ -263,7 +273,8 @@ ATTACH_REMEDY = (
 )
 
 
-def _stop_of(status: int) -> Stop:
+def stop_of(status: int) -> Stop:
+    """Return what a status of waitpid says of a tracee that has stopped."""
     sig, event = os.WSTOPSIG(status), status >> 16
     if event == _EVENT_STOP:
         return Stop(Event.TRAP if sig == signal.SIGTRAP else Event.GROUP, sig)

@@ -34,6 +34,7 @@ class Architecture(ABC, Generic[R]):
     """One instruction set; ``R`` are its general registers."""
 
     elf_machine: ClassVar[int]
+    syscall_instruction: ClassVar[bytes]
     syscall_code: ClassVar[bytes]
     """A system call, followed by a return from the function."""
     sigreturn_code: ClassVar[bytes]

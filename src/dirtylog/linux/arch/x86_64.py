@@ -82,6 +82,7 @@ class X86_64(Architecture[UserRegs]):  # noqa: N801 - the architecture's name
     """x86_64."""
 
     elf_machine = 62
+    syscall_instruction = bytes.fromhex("0f 05")
     syscall_code = bytes.fromhex("0f 05 c3")
     sigreturn_code = bytes.fromhex("48 c7 c0 0f 00 00 00 0f 05")
     userfaultfd = 323

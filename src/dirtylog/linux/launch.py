@@ -1,0 +1,245 @@
+"""A program started here, so that its writes are logged from its first instruction to its last.
+
+The program is traced from before its start, by a thread of this process. It stops at the first instruction of every program that it
+executes, where it is given a userfaultfd: nothing of it has run, and were we to die in that instant it would end with us
+(PTRACE_O_EXITKILL, for that instant only). And it stops when it exits, with all its memory, for a last look. Signals that it gets
+pass through the tracer. Should we die later, it runs on untraced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dirtylog.errors import AccessDeniedError, DirtyLogError, InvalidArgumentError, TargetGoneError
+from dirtylog.linux.arch import host_architecture
+from dirtylog.linux.injection import CallWindow, find_code, open_memory, take_userfaultfd
+from dirtylog.linux.preflight import read_status
+from dirtylog.linux.ptrace import WALL, Event, Option, Request, Stop, Tracee, stop_of
+from dirtylog.linux.signals import block_signals
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dirtylog.linux.userfaultfd import Userfaultfd
+
+_TRACED = Option.TRACESYSGOOD | Option.TRACEEXEC | Option.TRACEEXIT
+# Runs in place of the program until it is traced. Python ignores SIGPIPE and SIGXFSZ, which the program must not inherit.
+_STUB = """\
+import os, signal, sys
+for name in ("SIGPIPE", "SIGXFSZ"):
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
+gate, answer = int(sys.argv[1]), int(sys.argv[2])
+os.read(gate, 1)
+os.set_inheritable(gate, False)
+os.set_inheritable(answer, False)
+try:
+    os.execvp(sys.argv[3], sys.argv[3:])
+except OSError as error:
+    os.write(answer, str(error.errno).encode())
+    os._exit(127)
+"""
+_OTHER_THREADS_SECONDS = 1.0
+_START_SECONDS = 30.0
+_END_SECONDS = 5.0
+_LOOK_SECONDS = 0.05
+
+
+class Launched:
+    """A program that this process started and traces. It stands at its first instruction until :meth:`go`."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        if not command:
+            raise InvalidArgumentError("no command: name a program, and its arguments")
+        self._architecture = host_architecture()
+        self._uffds: queue.SimpleQueue[Userfaultfd | BaseException] = queue.SimpleQueue()
+        self._go = threading.Event()
+        self._pause_wanted = False
+        self._paused = threading.Event()
+        self._unpause = threading.Event()
+        self.ending = threading.Event()
+        """It is exiting, and stands still with all its memory until :meth:`let_end`; or it has ended."""
+        self._let_end = threading.Event()
+        self.status: int | None = None
+        """Its exit status, negative for the signal that ended it; None while it runs."""
+        gate, open_gate = os.pipe()
+        answer, give_answer = os.pipe()
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - to start the user's program is what this is for
+                (sys.executable, "-I", "-S", "-c", _STUB, str(gate), str(give_answer), *command),
+                pass_fds=(gate, give_answer),
+            )
+            self.pid = self._process.pid
+            os.close(give_answer)
+            give_answer = -1
+            self._thread = threading.Thread(target=self._trace, args=(open_gate,), name="dirtylog-ptrace", daemon=True)
+            self._thread.start()
+            refused = os.read(answer, 16)
+            if refused:
+                self._thread.join()
+                raise _cannot_start(command[0], int(refused))
+        finally:
+            for fd in (gate, answer, give_answer):
+                if fd >= 0:
+                    os.close(fd)
+
+    def userfaultfd(self) -> Userfaultfd:
+        """Return the userfaultfd of the program that it executes now. One call for each program that is logged."""
+        try:
+            found = self._uffds.get(timeout=_START_SECONDS)
+            while not self._uffds.empty():
+                # Of a program that has executed another since.
+                if not isinstance(found, BaseException):
+                    found.close()
+                found = self._uffds.get_nowait()
+        except queue.Empty:
+            raise TargetGoneError(f"process {self.pid} executes nothing", pid=self.pid) from None
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def go(self) -> None:
+        """Let it run: for the first time, or after a :meth:`pause`."""
+        self._go.set()
+        self._pause_wanted = False
+        self._unpause.set()
+
+    def pause(self) -> None:
+        """Return when its first thread stands still. Others are :class:`~dirtylog.linux.freezer.Freezer`'s."""
+        if self._pause_wanted or not self._go.is_set() or self.ending.is_set():
+            return
+        self._paused.clear()
+        self._unpause.clear()
+        self._pause_wanted = True
+        # The tracer takes this signal away: the program never sees it. No other stops a thread whatever it blocks.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGSTOP)
+        while not self._paused.wait(_LOOK_SECONDS) and not self.ending.is_set():
+            if read_status(self.pid, self.pid).state == "T":
+                return  # somebody else has stopped it
+
+    def let_end(self) -> None:
+        """Let it end: the last look has been taken."""
+        self._let_end.set()
+
+    def close(self) -> None:
+        """End it, if it has not ended: SIGTERM, and SIGKILL after five seconds. A second call does nothing."""
+        self.let_end()
+        for sig in (signal.SIGTERM, signal.SIGKILL):
+            if not self._thread.is_alive():
+                break
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, sig)
+            self.go()
+            self._thread.join(_END_SECONDS)
+        while not self._uffds.empty():
+            left = self._uffds.get_nowait()
+            if not isinstance(left, BaseException):
+                left.close()
+
+    # --- in the tracer's thread
+
+    def _trace(self, gate: int) -> None:
+        block_signals()
+        try:
+            tracee = Tracee(self.pid, self.pid, _TRACED | Option.EXITKILL)
+        except DirtyLogError as error:
+            self._uffds.put(error)
+            self._process.kill()
+            self._ended(os.waitpid(self.pid, 0)[1])
+            return
+        finally:
+            os.close(gate)
+        try:
+            self._follow(tracee)
+        except TargetGoneError:
+            pass
+        except BaseException as error:  # noqa: BLE001 - it is raised where the userfaultfd is waited for
+            self._uffds.put(error)
+        self.ending.set()
+        self._paused.set()
+
+    def _follow(self, tracee: Tracee) -> None:
+        while self.status is None:
+            _, status = os.waitpid(self.pid, WALL)
+            if os.WIFSTOPPED(status):
+                self._answer(tracee, stop_of(status))
+            else:
+                self._ended(status)
+
+    def _answer(self, tracee: Tracee, stop: Stop) -> None:
+        sig = 0
+        if stop.event is Event.EXEC:
+            self._give_userfaultfd(tracee)
+        elif stop.event is Event.EXIT:
+            self._hold_end()
+        elif stop.event is Event.GROUP:
+            tracee.resume(Request.LISTEN)
+            return
+        elif stop.event is Event.SIGNAL:
+            if stop.signal == signal.SIGSTOP and self._pause_wanted and tracee.signal_sender() == os.getpid():
+                self._paused.set()
+                self._unpause.wait()
+            else:
+                sig = stop.signal
+        tracee.resume(sig=sig)
+
+    def _give_userfaultfd(self, tracee: Tracee) -> None:
+        """Go on from the middle of execve to the program's first instruction, and make a userfaultfd there."""
+        tracee.set_options(_TRACED | Option.EXITKILL)
+        tracee.interrupt()
+        tracee.wait_for(Event.TRAP, Request.CONT)
+        try:
+            with open_memory(self.pid) as memory:
+                code = find_code(self.pid, self._architecture, memory, begun=False)
+                uffd = take_userfaultfd(CallWindow(tracee, self._architecture, code, self_restoring=False))
+        except DirtyLogError as error:
+            self._uffds.put(error)
+        else:
+            self._put_enabled(uffd)
+        tracee.set_options(_TRACED)
+        for sig in tracee.held:
+            os.kill(self.pid, sig)
+        tracee.held.clear()
+        self._go.wait()
+
+    def _put_enabled(self, uffd: Userfaultfd) -> None:
+        try:
+            uffd.enable()
+        except DirtyLogError as error:
+            uffd.close()
+            self._uffds.put(error)
+        else:
+            self._uffds.put(uffd)
+
+    def _hold_end(self) -> None:
+        """Wait for the last look, if this is the end: its first thread may end long before the others."""
+        began = time.monotonic()
+        tasks = Path(f"/proc/{self.pid}/task")
+        while sum(1 for _ in tasks.iterdir()) > 1:
+            if time.monotonic() - began > _OTHER_THREADS_SECONDS:
+                return
+            time.sleep(0.001)
+        self.ending.set()
+        self._let_end.wait()
+
+    def _ended(self, status: int) -> None:
+        self.status = self._process.returncode = os.waitstatus_to_exitcode(status)
+
+
+def _cannot_start(program: str, code: int) -> DirtyLogError:
+    reason = os.strerror(code)
+    if code in (errno.EACCES, errno.EPERM):
+        return AccessDeniedError(f"{program!r} may not be executed", errno=code, reason=reason)
+    return InvalidArgumentError(
+        f"{program!r} cannot be executed", errno=code, reason=reason, remedy="name a program in PATH, or its path"
+    )

@@ -1,0 +1,153 @@
+"""The slots of a process, which follow its mappings."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, NamedTuple
+
+from dirtylog.bitmap import DirtyBitmap
+from dirtylog.compare import ComparePort
+from dirtylog.linux.mappings import Mapping, PageSizes, read_mappings
+from dirtylog.linux.pins import NO_PINS, Pins, pins_of
+from dirtylog.linux.placement import Kind, Piece, Placed, plan
+from dirtylog.linux.uffd_port import UffdPort
+from dirtylog.log import stop_logging
+from dirtylog.memslot import MEM_MAX_NR_PAGES, MemorySlot, SlotTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from dirtylog.errors import DirtyLogError
+    from dirtylog.linux.mappings import Selection
+    from dirtylog.linux.process_port import ProcessPort
+    from dirtylog.linux.soft_dirty import SoftDirtyPort
+    from dirtylog.memory import Memory
+    from dirtylog.words import DirtyWords
+
+_SLOTS_PER_SPACE = 1 << 15
+_ADDRESS_SPACES = 1 << 15
+
+
+class Skipped(NamedTuple):
+    """A mapping that is not logged, and why."""
+
+    mapping: Mapping
+    reason: str
+
+
+class ProcessSlots:
+    """What of a process's memory is logged, and what not. ``table`` is the slot table."""
+
+    def __init__(self, pid: int, selection: Selection) -> None:
+        self.table = SlotTable(address_spaces=_ADDRESS_SPACES, slots_per_space=_SLOTS_PER_SPACE)
+        self.placed: list[Placed] = []
+        self.skipped: tuple[Skipped, ...] = ()
+        self._pid = pid
+        self._selection = selection
+        self._numbers = 0
+        self._pins: Pins = NO_PINS
+
+    def follow(self, memory: Memory, port: ProcessPort | SoftDirtyPort | ComparePort) -> list[MemorySlot]:
+        """Make slots of new mappings, and return them; drop those of mappings that are gone, or are others now."""
+        mappings = [one for one in read_mappings(self._pid) if not one.of_the_kernel and one in self._selection]
+        self._pins = pins_of(self._pid)
+        todo = plan(self.placed, mappings)
+        self._stop(memory, todo.remove)
+        added, skipped = self._make_slots(todo.pieces, port)
+        self.table.change((one.slot for one in todo.remove), (one.slot for one in added))
+        self.placed = sorted((*todo.keep, *added), key=lambda one: one.start)
+        self.skipped = tuple(skipped)
+        self._mark_holes(todo.keep, port)
+        if isinstance(port, UffdPort):
+            self._mark_pins(port)
+        return [one.slot for one in added]
+
+    def forget(self, memory: Memory) -> None:
+        """Drop every slot."""
+        self._stop(memory, self.placed)
+        self.table.change((one.slot for one in self.placed), ())
+        self.placed = []
+
+    def gaps(self, port: ProcessPort | SoftDirtyPort | ComparePort) -> Iterator[str]:
+        """Yield why writes may have been missed."""
+        for mapping, reason in self.skipped:
+            if mapping.permissions[1] == "w":
+                yield f"{mapping.start:#x}-{mapping.end:#x} {mapping.name} is not logged: {reason}"
+        if not isinstance(port, ComparePort):
+            if self._pins.unexplained:
+                yield f"{self._pins.unexplained} bytes are pinned for a device (VmPin), whose writes are not seen"
+            shared = [one.slot for one in self.placed if one.kind.shared and one.slot.permissions[1] == "w"]
+            if shared:
+                example = shared[0].name or hex(shared[0].host_address)
+                yield f"{len(shared)} mappings are shared (as {example}): what others write there is not seen"
+
+    def _stop(self, memory: Memory, placed: Iterable[Placed]) -> None:
+        for one in placed:
+            stop_logging(memory, one.slot.id)
+
+    def _make_slots(
+        self, pieces: Iterable[Piece], port: ProcessPort | SoftDirtyPort | ComparePort
+    ) -> tuple[list[Placed], list[Skipped]]:
+        added: list[Placed] = []
+        skipped: list[Skipped] = []
+        for mapping, span in pieces:
+            error = port.refuses(span.start, span.end - span.start)
+            if error is not None:
+                skipped.append(Skipped(mapping, _reason(error)))
+            else:
+                added += self._slots_of(mapping, span.start, span.end)
+        return added, skipped
+
+    def _slots_of(self, mapping: Mapping, start: int, end: int) -> Iterator[Placed]:
+        """Make the slots of a part of a mapping: one, unless it is larger than a slot can be."""
+        page_size = PageSizes(self._pid).of(mapping)
+        largest = MEM_MAX_NR_PAGES // 64 * 64 * page_size
+        for first in range(start, end, largest):
+            space, number = divmod(self._numbers, _SLOTS_PER_SPACE)
+            self._numbers += 1
+            slot = MemorySlot(
+                space % _ADDRESS_SPACES << 16 | number,
+                first // page_size,
+                (min(end, first + largest) - first) // page_size,
+                page_size,
+                host_address=first,
+                name=mapping.name,
+                permissions=mapping.permissions,
+                anonymous=mapping.anonymous,
+            )
+            yield Placed(slot, Kind.of(mapping))
+
+    def _mark_holes(self, placed: Iterable[Placed], port: ProcessPort | SoftDirtyPort | ComparePort) -> None:
+        """Count what has been unmapped in the middle of a slot as written: it reads as zeros now."""
+        for one in placed:
+            if one.new_holes:
+                with port.mmu_lock:
+                    if one.slot.dirty_bitmap is not None:
+                        one.slot.dirty_bitmap.merge(_words(one.slot, one.holes))
+
+    def _mark_pins(self, port: UffdPort) -> None:
+        """Count what is pinned for a device as written at every get."""
+        spans = sorted((address, address + nbytes) for address, nbytes in self._pins.ranges)
+        port.always = {}
+        for one in self.placed if spans else ():
+            inside = [(max(start, one.start), min(end, one.end)) for start, end in spans if start < one.end and one.start < end]
+            if inside:
+                port.always[one.slot] = _words(one.slot, inside)
+
+
+def _words(slot: MemorySlot, spans: Iterable[tuple[int, int]]) -> DirtyWords:
+    """Return the pages of a slot that spans of addresses touch, which lie within it, ascending; two may share a page."""
+    pages = DirtyBitmap(slot.npages)
+    for start, end in spans:
+        first = (start - slot.host_address) // slot.page_size
+        pages.set_range(first, -(-(end - slot.host_address) // slot.page_size) - first)
+    return pages.nonzero_words()
+
+
+def _reason(error: DirtyLogError) -> str:
+    reasons = {
+        errno.EBUSY: "the process watches it with a userfaultfd of its own",
+        errno.EPERM: "it maps a file that may not be written",
+        errno.EINVAL: "the kernel does not watch that kind of memory",
+    }
+    return reasons.get(error.errno or 0, str(error))
