@@ -50,6 +50,9 @@ class Memory(Protocol):
     def write(self, slot: int, pages: ArrayLike, data: ArrayLike) -> None:
         """Write uint8[k, page_size] to ``pages``, and log them: these are writes too."""
 
+    def ending(self, seconds: float) -> bool:
+        """Wait so long, or less if the source comes to its end; return whether it has, and stands still for a last get."""
+
     def pause(self) -> None:
         """Return when nothing of the source runs."""
 

@@ -59,17 +59,30 @@ class KvmOptions:
         return cls(chosen, _member(Backing, backing or Backing.ANONYMOUS, "backing"), entries)
 
 
+class ProcessPorts(enum.Enum):
+    """How the writes of a process are logged."""
+
+    AUTO = "auto"
+    """The first of the others that works."""
+    UFFD = "uffd"
+    """Asynchronous write protection of a userfaultfd, and PAGEMAP_SCAN."""
+    SOFT_DIRTY = "soft-dirty"
+    """Soft-dirty bits. The process stops for each get."""
+    COMPARE = "compare"
+    """A copy of the memory, compared."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessOptions:
-    """How a process is logged: its port, and which of its mappings."""
+    """How a process is logged: its port, and words that choose among its mappings."""
 
-    port: str = "auto"
+    port: ProcessPorts = ProcessPorts.AUTO
     maps: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, port: str | None, maps: Sequence[str] | None) -> ProcessOptions:
         """Return options from words as users write them."""
-        return cls(port or "auto", tuple(maps or ()))
+        return cls(_member(ProcessPorts, port or ProcessPorts.AUTO, "port"), tuple(maps or ()))
 
 
 _E = TypeVar("_E", bound=enum.Enum)

@@ -98,14 +98,14 @@ def _open_process(target: str | Sequence[str], options: ProcessOptions) -> Proce
     if not isinstance(target, str):
         launched = Launched(target)
         try:
-            return ProcessMemory(launched.pid, port=options.port, maps=options.maps, launched=launched)
+            return ProcessMemory(launched.pid, options, launched=launched)
         except BaseException:
             launched.close()
             raise
     number = target.removeprefix("pid:")
     if not (number.isascii() and number.isdigit()):
         raise InvalidArgumentError(f"target {target!r}: write pid: and the number of a process")
-    return ProcessMemory(int(number), port=options.port, maps=options.maps)
+    return ProcessMemory(int(number), options)
 
 
 def _refuse(target: str | Sequence[str], whose: str, **choices: object) -> None:

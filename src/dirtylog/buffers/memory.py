@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -100,6 +101,11 @@ class BufferMemory:
             begin = self.offset if page == 0 else 0
             end = (self.offset + self.nbytes - 1) % self._page_size + 1 if page == last else self._page_size
             target[page, begin:end] = row[begin:end]
+
+    def ending(self, seconds: float) -> bool:
+        """Wait so long, and return False."""
+        time.sleep(seconds)
+        return False
 
     def pause(self) -> None:
         """Do nothing: the threads of this process are their owner's to stop."""

@@ -49,7 +49,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; usage errors leave through SystemExit(2), as argparse does it."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # What follows -- is a program's own command line: argparse would look for our options in it.
+    end = words.index("--") if "--" in words else len(words)
+    args = parser().parse_args(words[:end], argparse.Namespace(program=words[end + 1 :] if end < len(words) else None))
     try:
         status = args.command().run(args)
         sys.stdout.flush()

@@ -24,6 +24,19 @@ def count(text: str) -> int:
     return value
 
 
+def selection(text: str) -> str:
+    """Return a word that chooses mappings of a process."""
+    try:
+        from dirtylog.linux.mappings import Selection  # noqa: PLC0415 - Linux's; where there are no processes the target is refused
+
+        Selection((text,))
+    except ImportError:
+        pass
+    except DirtyLogError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def seconds(text: str) -> float:
     """Return a number of seconds above 0."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
@@ -146,6 +147,11 @@ class Machine(ABC, Generic[P_co]):
         self._running = True
         for vcpu in self.vcpus:
             vcpu.resume()
+
+    def ending(self, seconds: float) -> bool:
+        """Wait so long, and return False: a guest has no end of its own."""
+        time.sleep(seconds)
+        return False
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until every vCPU has halted; return whether all have. Raises the error of one that faulted."""

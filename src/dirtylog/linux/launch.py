@@ -62,6 +62,7 @@ class Launched:
             raise InvalidArgumentError("no command: name a program, and its arguments")
         self._architecture = host_architecture()
         self._uffds: queue.SimpleQueue[Userfaultfd | BaseException] = queue.SimpleQueue()
+        self._begun = False
         self._go = threading.Event()
         self._pause_wanted = False
         self._paused = threading.Event()
@@ -181,7 +182,8 @@ class Launched:
         if stop.event is Event.EXEC:
             self._give_userfaultfd(tracee)
         elif stop.event is Event.EXIT:
-            self._hold_end()
+            if self._begun:
+                self._hold_end()
         elif stop.event is Event.GROUP:
             tracee.resume(Request.LISTEN)
             return
@@ -195,6 +197,7 @@ class Launched:
 
     def _give_userfaultfd(self, tracee: Tracee) -> None:
         """Go on from the middle of execve to the program's first instruction, and make a userfaultfd there."""
+        self._begun = True
         tracee.set_options(_TRACED | Option.EXITKILL)
         tracee.interrupt()
         tracee.wait_for(Event.TRAP, Request.CONT)

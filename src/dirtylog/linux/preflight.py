@@ -47,13 +47,18 @@ def read_status(pid: int, tid: int | None = None) -> Status:
     )
 
 
-def check_process(pid: int, architecture: Architecture[Any]) -> Status:
-    """Return the status of a process in which a system call can be made, or raise why it cannot."""
-    status = read_status(pid)
+def check_has_memory(pid: int, status: Status) -> None:
+    """Raise what there is to say of a process without memory: it has ended, or it is the kernel's."""
     if status.state in _GONE:
         raise TargetGoneError(f"process {pid} has ended", pid=pid, reason="its parent has not asked for its exit status yet")
     if not status.has_memory:
         raise InvalidArgumentError(f"{pid} is a thread of the kernel: it has no memory of its own", pid=pid)
+
+
+def check_process(pid: int, architecture: Architecture[Any]) -> Status:
+    """Return the status of a process in which a system call can be made, or raise why it cannot."""
+    status = read_status(pid)
+    check_has_memory(pid, status)
     if status.tracer:
         raise UnsupportedError(
             f"process {pid} is being traced by process {status.tracer}",

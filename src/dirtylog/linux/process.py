@@ -18,13 +18,15 @@ from dirtylog.linux.attach import Attached, attach
 from dirtylog.linux.freezer import Freezer
 from dirtylog.linux.mappings import Selection, read_mappings
 from dirtylog.linux.pagemap import Pagemap
+from dirtylog.linux.preflight import check_has_memory, read_status
 from dirtylog.linux.process_port import ProcessPort
 from dirtylog.linux.process_slots import ProcessSlots, Skipped
 from dirtylog.linux.reading import read_runs, runs_of, write_runs
 from dirtylog.linux.soft_dirty import SoftDirtyPort, missing_soft_dirty
+from dirtylog.options import ProcessOptions, ProcessPorts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from types import TracebackType
 
     from numpy.typing import ArrayLike, NDArray
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from dirtylog.memslot import MemorySlot
     from dirtylog.port import Exactness
 
-PORTS = ("auto", "uffd", "soft-dirty", "compare")
+DEFAULTS = ProcessOptions()
 _EXECS_AT_ONCE = 100
 _EXEC_SECONDS = 0.002
 
@@ -51,29 +53,29 @@ class ProcessStats:
 class ProcessMemory:
     """Another process, which runs on all the time; a :class:`~dirtylog.memory.Memory`, and a context manager.
 
-    ``port`` is "uffd", "soft-dirty", "compare", or "auto": the first of these that works, and ``fallback`` says why not one before.
-    ``maps`` are words of a :class:`~dirtylog.linux.mappings.Selection`. The slots follow the mappings at each
+    Where the port is "auto", ``fallback`` says why it is not one that would be better. ``launched`` is the program, if this process
+    started it, whom it then belongs to. The slots follow the mappings at each
     :meth:`~dirtylog.dirty_log.DirtyLog.update`; ``skipped`` are those that cannot be logged.
 
     Raises :class:`TargetGoneError`, :class:`AccessDeniedError`, :class:`UnsupportedError`, :class:`InvalidArgumentError`.
     """
 
-    def __init__(self, pid: int, *, port: str = "auto", maps: Sequence[str] = (), launched: Launched | None = None) -> None:
-        if port not in PORTS:
-            raise InvalidArgumentError(f"unknown port {port!r}; for a process it is one of: {', '.join(PORTS)}")
+    def __init__(self, pid: int, options: ProcessOptions = DEFAULTS, *, launched: Launched | None = None) -> None:
         self.pid = pid
         self.fallback = ""
         self.attached = Attached.NOT
-        self._follows = ProcessSlots(pid, Selection(tuple(maps)))
+        self._follows = ProcessSlots(pid, Selection(options.maps))
         self.slots = self._follows.table
         self._programs = 1
         self._closed = False
+        self._space: Pagemap | None = None
         self._launched = launched
+        self._freezer = Freezer(pid, launched)
         self._pidfd = _open_process(pid)
         try:
+            check_has_memory(pid, read_status(pid))
             self._space = Pagemap(pid)
-            self._freezer = Freezer(pid, launched)
-            self._port = self._choose(port)
+            self._port = self._choose(options.port)
             self.update_slots()
         except BaseException:
             self._give_up()
@@ -107,6 +109,11 @@ class ProcessMemory:
         return self._follows.skipped
 
     @property
+    def status(self) -> int | None:
+        """The exit status of a program that was started here, negative for a signal; None while it runs, or of another process."""
+        return None if self._launched is None else self._launched.status
+
+    @property
     def stats(self) -> ProcessStats:
         """What was counted so far."""
         return ProcessStats(len(self.slots), len(self.skipped), self._programs)
@@ -117,7 +124,7 @@ class ProcessMemory:
             for _ in range(_EXECS_AT_ONCE):
                 self.check_alive()
                 try:
-                    if not self._space.alive():
+                    if self._space is None or not self._space.alive():
                         self._follow_exec()
                     return self._follows.follow(self, self._port)
                 except TargetGoneError:
@@ -162,7 +169,10 @@ class ProcessMemory:
             self._launched.go()
 
     def ending(self, seconds: float) -> bool:
-        """Wait so long, or less if a program that was started here ends; return whether it has, and waits for a last look."""
+        """Wait so long, or less if a program that was started here ends; return whether it does, and stands still for a last get.
+
+        :meth:`close` then lets it end.
+        """
         if self._launched is None:
             time.sleep(seconds)
             return False
@@ -198,22 +208,22 @@ class ProcessMemory:
 
     # --- the port
 
-    def _choose(self, wanted: str) -> ProcessPort | SoftDirtyPort | ComparePort:
-        choices: dict[str, Callable[[], ProcessPort | SoftDirtyPort | ComparePort]] = {
-            "uffd": self._uffd_port,
-            "soft-dirty": self._soft_dirty_port,
-            "compare": self._compare_port,
+    def _choose(self, wanted: ProcessPorts) -> ProcessPort | SoftDirtyPort | ComparePort:
+        choices: dict[ProcessPorts, Callable[[], ProcessPort | SoftDirtyPort | ComparePort]] = {
+            ProcessPorts.UFFD: self._uffd_port,
+            ProcessPorts.SOFT_DIRTY: self._soft_dirty_port,
+            ProcessPorts.COMPARE: self._compare_port,
         }
-        if wanted != "auto":
+        if wanted is not ProcessPorts.AUTO:
             return choices[wanted]()
         reasons: list[str] = []
         for name, make in choices.items():
             try:
                 port = make()
             except (UnsupportedError, AccessDeniedError) as error:
-                if name == "compare":
+                if name is ProcessPorts.COMPARE:
                     raise
-                reasons.append(f"{name}: {error}")
+                reasons.append(f"{name.value}: {error}")
             else:
                 self.fallback = "; ".join(reasons)
                 return port
@@ -259,13 +269,15 @@ class ProcessMemory:
         """Begin anew with the program that the process executes now: all that it has is new."""
         self._follows.forget(self)
         self._port.close()
-        self._space.close()
+        if self._space is not None:
+            self._space.close()
         self._space = Pagemap(self.pid)
         self._programs += 1
 
     def _give_up(self) -> None:
         self._freezer.thaw()
-        self._space.close()
+        if self._space is not None:
+            self._space.close()
         os.close(self._pidfd)
 
 

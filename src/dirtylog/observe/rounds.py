@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dirtylog.errors import TargetGoneError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -56,16 +58,27 @@ class Round:
 def rounds(log: DirtyLog, count: int | None, interval: float) -> Iterator[Round]:
     """Yield ``count`` rounds (None: without end) of ``interval`` seconds.
 
-    The log is on, and the source runs; it is not stopped in between.
-
-    Each begins its gets with an update of the slots: one that is new reports all that it holds.
+    The log is on, and the source runs; it is not stopped in between. Each round begins its gets with an update of the slots: one
+    that is new reports all that it holds. A source that comes to its end has a last round, whatever ``count`` is; one that vanishes
+    in the middle has a last one with what could still be had, and then the :class:`TargetGoneError` is raised.
     """
     began = time.perf_counter()
     for number in itertools.count(1) if count is None else range(1, count + 1):
-        time.sleep(max(0.0, began + interval - time.perf_counter()))
+        ending = log.memory.ending(max(0.0, began + interval - time.perf_counter()))
         before = time.perf_counter()
-        log.update()
-        dirty = {slot: log.get(slot.id) for slot in log.memory.slots if slot.dirty_bitmap is not None}
-        after = time.perf_counter()
-        yield Round(number, before - began, after - before, dirty)
+        dirty: dict[MemorySlot, DirtyBitmap] = {}
+        gone: TargetGoneError | None = None
+        try:
+            log.update()
+            for slot in log.memory.slots:
+                if slot.dirty_bitmap is not None:
+                    dirty[slot] = log.get(slot.id)
+        except TargetGoneError as error:
+            gone = error
+        if dirty or gone is None:
+            yield Round(number, before - began, time.perf_counter() - before, dirty)
+        if gone is not None:
+            raise gone
+        if ending:
+            return
         began = before

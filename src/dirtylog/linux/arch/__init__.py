@@ -6,12 +6,13 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 from dirtylog.errors import UnsupportedError
+from dirtylog.linux.arch.arm64 import Arm64
 from dirtylog.linux.arch.x86_64 import X86_64
 
 if TYPE_CHECKING:
     from dirtylog.linux.arch.architecture import Architecture
 
-ARCHITECTURES: dict[str, type[Architecture[Any]]] = {"x86_64": X86_64}
+ARCHITECTURES: dict[str, type[Architecture[Any]]] = {"x86_64": X86_64, "aarch64": Arm64}
 
 
 def host_architecture(machine: str | None = None) -> Architecture[Any]:
