@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dirtylog.cli.command import Command
 from dirtylog.cli.exits import ExitCode
+from dirtylog.compare import ComparePort
 from dirtylog.emulated.arch import PORTS
 from dirtylog.emulated.cpu_unicorn import unicorn_version
 from dirtylog.emulated.isa import ISAS
@@ -33,12 +34,15 @@ class Check(Command):
     def run(self, args: argparse.Namespace) -> ExitCode:
         """Print a line for each source."""
         version = unicorn_version()
-        kvm = _kvm()
+        kvm, processes = _kvm(), _processes()
         ports = [_facts(name, version) for name in PORTS]
         if args.json:
-            print(json.dumps({"schema": "dirtylog/check/1", "unicorn": version, "ports": ports, "kvm": kvm}))
+            print(
+                json.dumps({"schema": "dirtylog/check/1", "unicorn": version, "ports": ports, "kvm": kvm, "processes": processes})
+            )
         else:
             _print_kvm(kvm)
+            _print_processes(processes)
             print(f"\nUnicorn: {version or 'not installed'}")
             print(f"{'target':<15} {'guest CPU':<18} {'logs a page by':<38} {'exactness':<10} available")
             for port in ports:
@@ -70,6 +74,35 @@ def _print_kvm(kvm: dict[str, Any]) -> None:
         print(f"  {cap['name']:<28} {cap['value']:>8}  {cap['purpose']}{lack}")
     for log in kvm["logs"]:
         print(f"  kvm --log {log['log']:<8} {log['how']:<40} {_available(log) if kvm['available'] else 'no'}")
+
+
+def _processes() -> dict[str, Any]:
+    try:
+        from dirtylog.linux.availability import probe_processes  # noqa: PLC0415 - it needs Linux, and check works everywhere
+    except ImportError:
+        port = {
+            "port": ComparePort.name,
+            "how": ComparePort.how,
+            "targets": "own buffers",
+            "exactness": ComparePort.exactness.value,
+            "needs": "as much memory again, and the time to read it",
+            "blind_spots": ComparePort.blind_spots,
+            "available": True,
+            "reason": None,
+            "remedy": None,
+        }
+        return {"ports": [port], "facts": []}
+    return asdict(probe_processes())
+
+
+def _print_processes(processes: dict[str, Any]) -> None:
+    print("\nProcess memory: dirtylog.track(buffer), dirtylog run pid:N, dirtylog run -- COMMAND")
+    for port in processes["ports"]:
+        print(f"  --port {port['port']:<11} {port['how']:<44} {port['exactness']:<9} {_available(port)}")
+        print(f"  {'':<18} for {port['targets']}; needs {port['needs']}")
+    for fact in processes["facts"]:
+        lack = f"; {fact['remedy']}" if fact["remedy"] else ""
+        print(f"  {fact['name']:<28} {fact['value']:>8}  {fact['purpose']}{lack}")
 
 
 def _available(port: dict[str, Any]) -> str:

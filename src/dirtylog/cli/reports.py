@@ -43,9 +43,8 @@ class Text:
         self._seconds = self._get_seconds = 0.0
         self._by_mapping: Counter[tuple[str, str]] = Counter()
         facts = facts_of(target, memory)
-        print(
-            f"{' '.join(target.split())}: port {facts['port']} ({facts['exactness']}), page size {facts['page_size']}, {_extent(memory)}"
-        )
+        about = f"port {facts['port']} ({facts['exactness']}), page size {facts['page_size']}, {_extent(memory)}"
+        print(f"{' '.join(target.split())}: {about}")
         if facts.get("fallback"):
             print(f"not the best port: {facts['fallback']}")
         print(f"{'round':>6} {'seconds':>9} {'dirty pages':>12} {'MB/s':>9} {'runs':>7} {'get ms':>8}", flush=True)

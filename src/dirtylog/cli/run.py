@@ -16,6 +16,7 @@ from dirtylog.cli.reports import Document, Lines, Report, Text
 from dirtylog.dirty_log import DirtyLog
 from dirtylog.errors import DirtyLogError, InvalidArgumentError
 from dirtylog.guests.image import Image
+from dirtylog.guests.machine import Machine
 from dirtylog.guests.programs import PROGRAMS
 from dirtylog.observe.heatmap import HeatMap
 from dirtylog.observe.rounds import rounds
@@ -114,31 +115,16 @@ class Run(Command):
         """Open the target, log it, and print what was found."""
         if args.heatmap is not None:
             arguments.check_output(args.heatmap, force=args.force)
-        image = None
-        if args.image is not None:
-            image = Image.read(args.image, load=args.load, entry=args.entry, halt=args.halt)
-        elif (args.load, args.entry, args.halt) != (None, None, None):
-            raise InvalidArgumentError("--load, --entry and --halt go with --image")
         target, name = _target_of(args)
-        count = args.rounds or (_DEFAULT_ROUNDS if args.program is None else None)
-        choices = {"size": args.size, "vcpus": args.vcpus, "image": image}
+        guest = {"size": args.size, "vcpus": args.vcpus, "image": _image_of(args)}
         kvm = {"log": args.log, "backing": args.backing, "ring_entries": args.ring_entries}
-        with open_target(target, **choices, **kvm, port=args.port, maps=args.map) as memory, DirtyLog(memory) as log:
+        with open_target(target, **guest, **kvm, port=args.port, maps=args.map) as memory, DirtyLog(memory) as log:
             report: Report = (Document if args.json else Lines if args.jsonl else Text)(name, memory)
             pictured = _Pictured()
-            status = ExitCode.DONE
             memory.resume()
-            try:
-                for found in rounds(log, count, args.interval):
-                    report.add(found)
-                    if args.heatmap is not None:
-                        pictured.add(found)
-                    memory.check()
-            except KeyboardInterrupt:
-                status = ExitCode.INTERRUPTED
-            except DirtyLogError as error:
-                print(f"dirtylog: {error}", file=sys.stderr)
-                status = exit_code_of(error)
+            status = _log(args, log, (report, pictured) if args.heatmap is not None else (report,))
+            if isinstance(memory, Machine):
+                memory.pause()
             if status is ExitCode.DONE and memory.incomplete:
                 print(f"dirtylog: writes may have been missed: {'; '.join(memory.incomplete)}", file=sys.stderr)
                 status = ExitCode.INCOMPLETE
@@ -149,11 +135,36 @@ class Run(Command):
         return status
 
 
+def _log(args: argparse.Namespace, log: DirtyLog, listeners: tuple[Report | _Pictured, ...]) -> ExitCode:
+    """Log in rounds, and say how that ended."""
+    count = args.rounds or (_DEFAULT_ROUNDS if args.program is None else None)
+    try:
+        for found in rounds(log, count, args.interval):
+            for listener in listeners:
+                listener.add(found)
+            if isinstance(log.memory, Machine):
+                log.memory.check()
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except DirtyLogError as error:
+        print(f"dirtylog: {error}", file=sys.stderr)
+        return exit_code_of(error)
+    return ExitCode.DONE
+
+
+def _image_of(args: argparse.Namespace) -> Image | None:
+    if args.image is not None:
+        return Image.read(args.image, load=args.load, entry=args.entry, halt=args.halt)
+    if (args.load, args.entry, args.halt) != (None, None, None):
+        raise InvalidArgumentError("--load, --entry and --halt go with --image")
+    return None
+
+
 def _target_of(args: argparse.Namespace) -> tuple[str | list[str], str]:
     """Return the target, and its name."""
     if (args.target is None) == (args.program is None):
         raise InvalidArgumentError(
-            f"{'no target' if args.target is None else 'two targets'}: name kvm, emu:ARCH or pid:N, or a command after --"
+            f"{'no TARGET' if args.target is None else 'two targets'}: name kvm, emu:ARCH or pid:N, or a command after --"
         )
     if args.program is None:
         return args.target, args.target

@@ -178,9 +178,6 @@ class ProcessMemory:
             return False
         return self._launched.ending.wait(seconds)
 
-    def check(self) -> None:
-        """Do nothing: a process that does something wrong ends, and an update sees that."""
-
     def check_alive(self) -> None:
         """Raise :class:`TargetGoneError` if the process has ended."""
         if self._closed:
