@@ -62,6 +62,10 @@ class NullMemory:
         """Refuse: there are no contents."""
         raise NotImplementedError
 
+    def ending(self, seconds: float) -> bool:
+        """Nothing runs."""
+        raise NotImplementedError
+
     def pause(self) -> None:
         """Nothing runs."""
 

@@ -222,7 +222,7 @@ class ModelMemory:
     def read(self, *_: Any) -> Any:
         raise UnsupportedError("pages have versions here, not contents")
 
-    write = pause = resume = close = read
+    write = pause = resume = close = ending = read
 
 
 class RingScene:

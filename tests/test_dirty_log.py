@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from dirtylog import DirtyBitmap
     from dirtylog.emulated.machine import EmulatedMemory
     from dirtylog.kvm.memory import KvmMemory
+    from store_guests import BufferGuest, ProcessGuest
+
+    AnyMemory = EmulatedMemory | KvmMemory | BufferGuest | ProcessGuest
 
 LENGTHS = (1024, 1025, 1027, 1040, 1087, 3, 40)
 """Remainders 0, 1, 3, 16 and 63 modulo 64, and shorter than 64 pages."""
@@ -28,14 +31,14 @@ LENGTHS = (1024, 1025, 1027, 1040, 1087, 3, 40)
 ROUNDS = 12
 
 
-def first_words(memory: EmulatedMemory | KvmMemory) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+def first_words(memory: AnyMemory) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     return memory.contents(memory.slots[RAM_SLOT])[:, :8].copy().view(np.uint64).ravel()
 
 
 class TrackNext:
     """The oracle: what must be in the next report, and what may be."""
 
-    def __init__(self, memory: EmulatedMemory | KvmMemory, late: int) -> None:
+    def __init__(self, memory: AnyMemory, late: int) -> None:
         self._memory = memory
         self._late = late
         # Pages seen to change and not reported yet, by how many reports they have missed.

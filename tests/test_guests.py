@@ -7,12 +7,12 @@ import pytest
 
 from assemble import TARGETS, assemble, missing_tool
 from dirtylog import DirtyLog, Image, InvalidArgumentError, UnsupportedError
-from dirtylog import open as open_target
 from dirtylog.emulated.arch import PORTS
 from dirtylog.emulated.guest import make_guest
 from dirtylog.emulated.isa import ISAS
 from dirtylog.guests.machine import RAM_SLOT, ROM_SLOT
 from dirtylog.guests.programs import PROGRAMS, Pattern, patterns, store_loop
+from dirtylog.target import open_guest
 
 
 @pytest.mark.parametrize("program", TARGETS)
@@ -97,7 +97,7 @@ ARM64_IMAGE = b"".join(word.to_bytes(4, "little") for word in (0xD2860000, 0xF90
 
 
 def test_a_user_s_image_runs_and_is_logged() -> None:
-    with open_target("emu:x86", size=8 * 4096, image=Image.raw(X86_IMAGE, load=0x1000)) as memory, DirtyLog(memory) as log:
+    with open_guest("emu:x86", size=8 * 4096, image=Image.raw(X86_IMAGE, load=0x1000)) as memory, DirtyLog(memory) as log:
         memory.resume()
         assert memory.wait(timeout=30), "hlt halts"
         assert log.get(RAM_SLOT).pages().tolist() == [3]
@@ -106,7 +106,7 @@ def test_a_user_s_image_runs_and_is_logged() -> None:
 
 def test_an_image_s_entry_and_halt_address() -> None:
     image = Image.raw(bytes(64) + ARM64_IMAGE, load=0x1000, entry=0x1040, halt=0x1048)
-    with open_target("emu:arm64", size=8 * 4096, image=image) as memory, DirtyLog(memory) as log:
+    with open_guest("emu:arm64", size=8 * 4096, image=image) as memory, DirtyLog(memory) as log:
         memory.resume()
         assert memory.wait(timeout=30)
         assert memory.vcpus[0].cpu.pc == 0x1048
@@ -116,20 +116,20 @@ def test_an_image_s_entry_and_halt_address() -> None:
 
 def test_an_image_that_does_not_fit_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="does not fit at address 0x7ff0"):
-        open_target("emu:x86", size=8 * 4096, image=Image.raw(bytes(32), load=0x7FF0))
+        open_guest("emu:x86", size=8 * 4096, image=Image.raw(bytes(32), load=0x7FF0))
     with pytest.raises(InvalidArgumentError, match="does not fit"):
-        open_target("emu:x86", size=8 * 4096, image=Image.raw(bytes(32), load=1 << 40))
+        open_guest("emu:x86", size=8 * 4096, image=Image.raw(bytes(32), load=1 << 40))
 
 
 def test_an_image_and_a_program_are_one_too_many() -> None:
     with pytest.raises(InvalidArgumentError, match="program"):
-        open_target("emu:x86:sweep", image=Image.raw(b"\xf4"))
+        open_guest("emu:x86:sweep", image=Image.raw(b"\xf4"))
 
 
 @pytest.mark.parametrize("arch", ["ia64", "loongarch"])
 def test_the_trace_cpu_runs_no_images(arch: str) -> None:
     with pytest.raises(UnsupportedError, match="trace CPU"):
-        open_target(f"emu:{arch}", image=Image.raw(b"\xf4"))
+        open_guest(f"emu:{arch}", image=Image.raw(b"\xf4"))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_the_trace_cpu_runs_no_images(arch: str) -> None:
 )
 def test_bad_input_is_named(target: str, size: str | int, vcpus: int, match: str) -> None:
     with pytest.raises(InvalidArgumentError, match=match):
-        open_target(target, size=size, vcpus=vcpus)
+        open_guest(target, size=size, vcpus=vcpus)
 
 
 def test_the_store_loop_s_slot_is_read_only_and_never_dirty() -> None:

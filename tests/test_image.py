@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dirtylog import Image, InvalidArgumentError, UnsupportedError
-from dirtylog import open as open_target
 from dirtylog.guests.image import ELF_MAGIC, Segment
 from dirtylog.guests.machine import RAM_SLOT
+from dirtylog.target import open_guest
 from elf_file import EHDR_BYTES, EM_AARCH64, EM_VAX, ET_DYN, ET_REL, PHDR_BYTES, PT_NOTE, PT_NULL, Part, elf
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def test_an_elf_file_runs_and_its_bss_is_zero(tmp_path: Path) -> None:
     # mov rax, [0x2008]; mov [0x3000], rax; hlt
     code = bytes.fromhex("48 8b 04 25 08 20 00 00 48 89 04 25 00 30 00 00 f4")
     image = image_of(tmp_path, elf(Part(0x1000, b"\xcc" + code), Part(0x2000, b"12345678", 16), entry=0x1001))
-    with open_target("emu:x86", size=8 * 4096, image=image) as memory:
+    with open_guest("emu:x86", size=8 * 4096, image=image) as memory:
         flat = memory.contents(memory.slots[RAM_SLOT]).reshape(-1)
         assert flat[0x2000:0x2010].tobytes() == b"12345678" + bytes(8)
         flat[0x3000:0x3008] = 0xFF
@@ -127,7 +127,7 @@ def test_an_elf_file_without_pyelftools_says_what_to_install(tmp_path: Path, mon
 def test_an_elf_file_for_another_instruction_set_than_the_guest_s_is_refused(tmp_path: Path) -> None:
     image = image_of(tmp_path, elf(Part(0x1000, STORE), machine=EM_AARCH64))
     with pytest.raises(InvalidArgumentError, match="the image is a program for arm64, but the guest is x86"):
-        open_target("emu:x86", size=8 * 4096, image=image)
+        open_guest("emu:x86", size=8 * 4096, image=image)
 
 
 @needs_elftools
@@ -135,7 +135,7 @@ def test_an_elf_file_for_another_instruction_set_than_the_guest_s_is_refused(tmp
 def test_a_segment_outside_the_memory_is_refused(tmp_path: Path, part: Part) -> None:
     image = image_of(tmp_path, elf(Part(0x1000, STORE), part))
     with pytest.raises(InvalidArgumentError, match=f"does not fit at address {part.address:#x}: no slot holds all of it"):
-        open_target("emu:x86", size=8 * 4096, image=image)
+        open_guest("emu:x86", size=8 * 4096, image=image)
 
 
 def test_a_raw_file_is_entered_where_it_lies_or_where_it_is_told(tmp_path: Path) -> None:
