@@ -7,14 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from kvm_here import needs_kvm
+from uffd_here import needs_uffd
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@needs_kvm
-def test_the_program_in_kvm_md_prints_what_is_shown() -> None:
-    found = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", (DOCS / "kvm.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", [pytest.param("kvm.md", marks=needs_kvm), pytest.param("buffers.md", marks=needs_uffd)])
+def test_the_first_program_of_a_page_prints_what_is_shown(page: str) -> None:
+    found = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
     assert found is not None
     program, output = found.groups()
     assert len(program.splitlines()) <= 40
