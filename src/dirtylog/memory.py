@@ -39,7 +39,7 @@ class Memory(Protocol):
         """Why writes may have been missed, beyond the blind spots: what is known to be so here and now. Empty if nothing is."""
 
     def update_slots(self) -> list[MemorySlot]:
-        """Bring the slot table up to date, and return the new slots; their logging is not on yet. slots_lock is held.
+        """Bring the slot table up to date, and return the slots that are to be logged and are not yet. slots_lock is held.
 
         :class:`TargetGoneError` when the memory is gone.
         """

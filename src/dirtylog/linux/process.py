@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -71,15 +72,17 @@ class ProcessMemory:
         self._space: Pagemap | None = None
         self._launched = launched
         self._freezer = Freezer(pid, launched)
-        self._pidfd = _open_process(pid)
-        try:
+        with ExitStack() as resources:
+            self._pidfd = _open_process(pid)
+            resources.callback(os.close, self._pidfd)
+            resources.callback(self._leave_space)
             check_has_memory(pid, read_status(pid))
             self._space = Pagemap(pid)
             self._port = self._choose(options.port)
+            resources.callback(self._port.close)
+            resources.callback(self._freezer.thaw)
             self.update_slots()
-        except BaseException:
-            self._give_up()
-            raise
+            self._resources = resources.pop_all()
 
     # --- what a source gives
 
@@ -119,14 +122,16 @@ class ProcessMemory:
         return ProcessStats(len(self.slots), len(self.skipped), self._programs)
 
     def update_slots(self) -> list[MemorySlot]:
-        """Make slots of new mappings, and return them; drop those of mappings that are gone, or are others now."""
+        """Make slots of new mappings, drop those of mappings that are gone or are others now; return what is not logged yet."""
         with self.slots.lock:
             for _ in range(_EXECS_AT_ONCE):
                 self.check_alive()
                 try:
                     if self._space is None or not self._space.alive():
                         self._follow_exec()
-                    return self._follows.follow(self, self._port)
+                    self._follows.follow(self, self._port)
+                    # Not only those that are new: an interrupt may have come before those of the time before were logged.
+                    return [slot for slot in self.slots if slot.dirty_bitmap is None]
                 except TargetGoneError:
                     # It is ending, or it executes another program just now.
                     time.sleep(_EXEC_SECONDS)
@@ -192,8 +197,7 @@ class ProcessMemory:
             with self.slots.lock:
                 for slot in self.slots:
                     slot.dirty_bitmap = None
-                self._port.close()
-                self._give_up()
+                self._resources.close()
                 if self._launched is not None:
                     self._launched.close()
 
@@ -266,16 +270,13 @@ class ProcessMemory:
         """Begin anew with the program that the process executes now: all that it has is new."""
         self._follows.forget(self)
         self._port.close()
-        if self._space is not None:
-            self._space.close()
+        self._leave_space()
         self._space = Pagemap(self.pid)
         self._programs += 1
 
-    def _give_up(self) -> None:
-        self._freezer.thaw()
+    def _leave_space(self) -> None:
         if self._space is not None:
             self._space.close()
-        os.close(self._pidfd)
 
 
 def _open_process(pid: int) -> int:

@@ -47,8 +47,8 @@ class ProcessSlots:
         self._numbers = 0
         self._pins: Pins = NO_PINS
 
-    def follow(self, memory: Memory, port: ProcessPort | SoftDirtyPort | ComparePort) -> list[MemorySlot]:
-        """Make slots of new mappings, and return them; drop those of mappings that are gone, or are others now."""
+    def follow(self, memory: Memory, port: ProcessPort | SoftDirtyPort | ComparePort) -> None:
+        """Make slots of new mappings; drop those of mappings that are gone, or are others now."""
         mappings = [one for one in read_mappings(self._pid) if not one.of_the_kernel and one in self._selection]
         self._pins = pins_of(self._pid)
         todo = plan(self.placed, mappings)
@@ -60,7 +60,6 @@ class ProcessSlots:
         self._mark_holes(todo.keep, port)
         if isinstance(port, UffdPort):
             self._mark_pins(port)
-        return [one.slot for one in added]
 
     def forget(self, memory: Memory) -> None:
         """Drop every slot."""
