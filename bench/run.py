@@ -42,11 +42,17 @@ BENCHMARKS: dict[str, Callable[..., Section]] = {
     "flushes": flushes,
 }
 if sys.platform == "linux":
+    from buffer_alternatives import buffer_alternatives
+    from buffer_gets import buffer_gets
+    from buffer_stores import buffer_stores
     from kvm_gets import kvm_gets
     from kvm_ring import kvm_ring
     from kvm_stores import kvm_stores
+    from process_costs import attach_pauses, process_reads
 
     BENCHMARKS |= {"kvm-gets": kvm_gets, "kvm-ring": kvm_ring, "kvm-stores": kvm_stores}
+    BENCHMARKS |= {"buffer-gets": buffer_gets, "buffer-stores": buffer_stores, "buffer-alternatives": buffer_alternatives}
+    BENCHMARKS |= {"process-attach": attach_pauses, "process-reads": process_reads}
 
 
 def machine() -> dict[str, str]:

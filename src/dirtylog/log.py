@@ -142,12 +142,17 @@ def start_logging(memory: Memory, slot_id: int, *, initially_all_set: bool = Fal
         with port.mmu_lock:
             slot.dirty_bitmap = bitmap
             slot.flags |= SlotFlags.LOG_DIRTY_PAGES
-            if initially_all_set and isinstance(port, ProtectPort):
-                port.start_logging_all_set(slot)
-            else:
-                port.start_logging(slot)
-            if contents:
-                port.mark_contents(slot)
+            try:
+                if initially_all_set and isinstance(port, ProtectPort):
+                    port.start_logging_all_set(slot)
+                else:
+                    port.start_logging(slot)
+                if contents:
+                    port.mark_contents(slot)
+            except BaseException:
+                # Whole or not at all: a slot that is logged, but whose contents nobody was told of, would be a loss.
+                _stop(port, slot)
+                raise
         port.flush_tlbs(slot)
 
 
@@ -159,10 +164,14 @@ def stop_logging(memory: Memory, slot_id: int) -> None:
         if slot.dirty_bitmap is None:
             return
         with port.mmu_lock:
-            slot.dirty_bitmap = None
-            slot.flags &= ~SlotFlags.LOG_DIRTY_PAGES
-            port.stop_logging(slot)
+            _stop(port, slot)
         port.flush_tlbs(slot)
+
+
+def _stop(port: Port, slot: MemorySlot) -> None:
+    slot.dirty_bitmap = None
+    slot.flags &= ~SlotFlags.LOG_DIRTY_PAGES
+    port.stop_logging(slot)
 
 
 class _NothingLost:

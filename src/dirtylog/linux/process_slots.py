@@ -52,20 +52,18 @@ class ProcessSlots:
         mappings = [one for one in read_mappings(self._pid) if not one.of_the_kernel and one in self._selection]
         self._pins = pins_of(self._pid)
         todo = plan(self.placed, mappings)
-        self._stop(memory, todo.remove)
         added, skipped = self._make_slots(todo.pieces, port)
-        self.table.change((one.slot for one in todo.remove), (one.slot for one in added))
         self.placed = sorted((*todo.keep, *added), key=lambda one: one.start)
         self.skipped = tuple(skipped)
+        self._settle(memory)
         self._mark_holes(todo.keep, port)
         if isinstance(port, UffdPort):
             self._mark_pins(port)
 
     def forget(self, memory: Memory) -> None:
         """Drop every slot."""
-        self._stop(memory, self.placed)
-        self.table.change((one.slot for one in self.placed), ())
         self.placed = []
+        self._settle(memory)
 
     def gaps(self, port: ProcessPort | SoftDirtyPort | ComparePort) -> Iterator[str]:
         """Yield why writes may have been missed."""
@@ -80,9 +78,13 @@ class ProcessSlots:
                 example = shared[0].name or hex(shared[0].host_address)
                 yield f"{len(shared)} mappings are shared (as {example}): what others write there is not seen"
 
-    def _stop(self, memory: Memory, placed: Iterable[Placed]) -> None:
-        for one in placed:
-            stop_logging(memory, one.slot.id)
+    def _settle(self, memory: Memory) -> None:
+        """Have just the slots in the table that are placed; should this be interrupted, the next makes up for it."""
+        placed = {one.slot.id: one.slot for one in self.placed}
+        gone = [slot for slot in self.table if slot.id not in placed]
+        for slot in gone:
+            stop_logging(memory, slot.id)
+        self.table.change(gone, (slot for slot in placed.values() if self.table.get(slot.id) is None))
 
     def _make_slots(
         self, pieces: Iterable[Piece], port: ProcessPort | SoftDirtyPort | ComparePort
