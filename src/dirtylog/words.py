@@ -89,6 +89,8 @@ def words_of_range(first: int, npages: int) -> DirtyWords:
 
 def words_of_runs(first: NDArray[np.int64], end: NDArray[np.int64]) -> DirtyWords:
     """Return the words in which the bits of runs of pages are set: ``first`` up to but not ``end``, ascending, none overlapping."""
+    if not len(first):
+        return words_of_pages(first)
     last = end - 1
     head, tail = first >> 6, last >> 6
     values = _ALL << (first & 63).astype(np.uint64)

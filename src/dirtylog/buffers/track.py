@@ -57,4 +57,4 @@ def empty(shape: int | Sequence[int], dtype: DTypeLike = np.float64) -> NDArray[
     if not nbytes:
         return np.empty(sizes, kind)
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    return np.frombuffer(mmap.mmap(-1, nbytes, **private), kind, math.prod(sizes)).reshape(sizes)
+    return np.ndarray(sizes, kind, mmap.mmap(-1, nbytes, **private))

@@ -10,7 +10,7 @@ from dirtylog.buffers.locate import Pages
 from dirtylog.errors import InvalidArgumentError
 from dirtylog.linux.mappings import PageSizes, read_mappings
 from dirtylog.linux.pagemap import Pagemap
-from dirtylog.linux.uffd_port import UffdPort, Watch
+from dirtylog.linux.uffd_port import UffdPort, Watch, unregister
 from dirtylog.linux.userfaultfd import Userfaultfd, missing_uffd
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ class BufferPort(UffdPort):
         for other in sorted(watch.neighbours, key=lambda other: other.start):
             other.neighbours.remove(watch)
             if start < other.start:
-                uffd.unregister(start, other.start - start)
+                unregister(uffd, start, other.start)
             start = max(start, other.end)
         if start < watch.end:
-            uffd.unregister(start, watch.end - start)
+            unregister(uffd, start, watch.end)
 
 
 _REASONS = {

@@ -84,11 +84,13 @@ class Scanner:
         *,
         anyof: Category = NONE,
         returned: Category = Category.WRITTEN,
+        careful: bool = True,
     ) -> None:
         """Deliver the written pages of watched memory, as regions, and arm them.
 
         ``anyof`` limits that to pages of these categories; ``returned`` is what the regions tell apart. With neither, the kernel
-        takes its fast path, the only one that older kernels let see pages that are not there (fixed in July 2026).
+        takes its fast path, the only one that older kernels let see pages that are not there (fixed in July 2026). ``careful``
+        walks on until the kernel says that it is at the end, as it must where huge pages of hugetlbfs may be.
         :class:`AccessDeniedError` (EPERM) where part of the range is not watched, :class:`TargetGoneError` (ESRCH) when the address
         space has gone. What had been taken then is delivered by :meth:`settle`.
         """
@@ -96,15 +98,22 @@ class Scanner:
         argument.flags = Scan.WP_MATCHING | Scan.CHECK_WPASYNC
         argument.category_inverted, argument.category_mask = 0, Category.WRITTEN
         argument.category_anyof_mask, argument.return_mask = anyof, returned
-        self._walk(start, end, deliver)
+        self._walk(start, end, deliver, careful=careful)
 
     def holes(self, start: int, end: int, deliver: Callable[[NDArray[np.void]], None]) -> None:
         """Deliver the regions in which no page is, and change nothing."""
-        self._look(start, end, deliver, inverted=POPULATED)
+        argument = self._argument
+        argument.flags = 0
+        argument.category_inverted = argument.category_mask = POPULATED
+        argument.category_anyof_mask = argument.return_mask = 0
+        self._walk(start, end, deliver)
 
     def populated(self, start: int, end: int, deliver: Callable[[NDArray[np.void]], None]) -> None:
         """Deliver the regions in which pages are, and change nothing."""
-        self._look(start, end, deliver, anyof=POPULATED)
+        argument = self._argument
+        argument.flags = argument.category_inverted = argument.category_mask = argument.return_mask = 0
+        argument.category_anyof_mask = POPULATED
+        self._walk(start, end, deliver)
 
     def settle(self, deliver: Callable[[NDArray[np.void]], None]) -> None:
         """Deliver what a scan that failed or was interrupted took."""
@@ -115,22 +124,7 @@ class Scanner:
                 self._ends[left] = 0
             self._in_flight = False
 
-    def _look(
-        self,
-        start: int,
-        end: int,
-        deliver: Callable[[NDArray[np.void]], None],
-        *,
-        inverted: Category = NONE,
-        anyof: Category = NONE,
-    ) -> None:
-        argument = self._argument
-        argument.flags = 0
-        argument.category_inverted = argument.category_mask = inverted
-        argument.category_anyof_mask, argument.return_mask = anyof, 0
-        self._walk(start, end, deliver)
-
-    def _walk(self, start: int, end: int, deliver: Callable[[NDArray[np.void]], None]) -> None:
+    def _walk(self, start: int, end: int, deliver: Callable[[NDArray[np.void]], None], *, careful: bool = True) -> None:
         argument, ends = self._argument, self._ends
         while start < end:
             argument.start, argument.end = start, min(end, start + _CHUNK_BYTES)
@@ -145,4 +139,6 @@ class Scanner:
                 raise DirtyLogError(
                     f"a scan of {start:#x} to {end:#x} stays where it is", reason="the range cuts through a huge page of hugetlbfs"
                 )
-            start = walked
+            # walk_end is where the kernel's own buffer of 512 regions was last full, although it has walked on to the end, unless
+            # the vector is full: to ask again would walk that part in vain. In huge pages of hugetlbfs it can mean more.
+            start = walked if careful or count == len(ends) else argument.end

@@ -11,6 +11,7 @@ they come; and that a page has been discarded shows in a second scan, for holes 
 from __future__ import annotations
 
 import errno
+import mmap
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -19,8 +20,10 @@ import numpy as np
 
 from dirtylog.bitmap import DirtyBitmap
 from dirtylog.errors import AccessDeniedError, DirtyLogError, InvalidArgumentError, TargetGoneError
+from dirtylog.linux import abi
 from dirtylog.linux.abi import Category
 from dirtylog.linux.holes import words_in_holes
+from dirtylog.linux.mappings import read_mappings
 from dirtylog.linux.pagemap import POPULATED, Pagemap, Scanner
 from dirtylog.linux.probe import sees_discarded_tables
 from dirtylog.port import Exactness, SyncPort
@@ -39,6 +42,7 @@ BLIND_SPOTS = (
     "DMA into pinned pages (io_uring registered buffers, VFIO, RDMA), and O_DIRECT reads that are in flight during a get",
     "discards of shared memory and of huge pages: MADV_REMOVE, fallocate, truncate; MADV_DONTNEED on hugetlbfs",
     "MADV_DONTNEED of changed pages of a private file mapping, which then show the file again",
+    "what another one who scans the same memory takes away (PAGEMAP_SCAN with PM_SCAN_WP_MATCHING)",
 )
 
 _THERE = np.uint64(POPULATED)
@@ -59,17 +63,43 @@ class Watch:
     """The pages that were there at the start; None if every page must be taken to be."""
     populated: DirtyBitmap | None = None
     neighbours: list[Watch] = field(default_factory=list)
+    careful: bool = field(init=False)
+    """Whether there may be huge pages of hugetlbfs: in memory that is made of them, or that was mapped anew."""
+
+    def __post_init__(self) -> None:
+        self.careful = self.slot.page_size != mmap.PAGESIZE
+
+    def runs(self, regions: NDArray[np.void]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the slot's part of ascending regions, in pages: first ones, and those after the last ones."""
+        # Addresses of a process are below 2**63.
+        first, end = regions["start"].view(np.int64), regions["end"].view(np.int64)
+        if len(regions) and (first[0] < self.start or end[-1] > self.end):
+            first, end = np.maximum(first, self.start), np.minimum(end, self.end)
+            here = first < end
+            first, end = first[here], end[here]
+        first, end = first - self.start, end + (((1 << self.shift) - 1) - self.start)
+        first >>= self.shift
+        end >>= self.shift
+        return first, end
 
     def words(self, regions: NDArray[np.void]) -> DirtyWords:
         """Return the slot's part of ascending regions."""
-        first = np.maximum(regions["start"].astype(np.int64) - self.start, 0)
-        end = np.minimum(regions["end"].astype(np.int64), self.end) - self.start
-        here = first < end
-        if not here.all():
-            first, end = first[here], end[here]
-        if not len(first):
-            return words_of_range(0, 0)
-        return words_of_runs(first >> self.shift, (end - 1 >> self.shift) + 1)
+        return words_of_runs(*self.runs(regions))
+
+    def regions(self, words: DirtyWords) -> NDArray[np.void]:
+        """Return pages of the slot as regions."""
+        runs = DirtyBitmap.from_words(self.slot.npages, words).runs()
+        regions = np.zeros(len(runs), abi.PAGE_REGION)
+        regions["start"] = (runs[:, 0] << self.shift) + self.start
+        regions["end"] = regions["start"] + (runs[:, 1] << self.shift).view(np.uint64)
+        return regions
+
+    def deliver(self, regions: NDArray[np.void]) -> None:
+        """Set the bits of the slot's part of ascending regions; with mmu_lock held."""
+        if self.populated is not None:
+            self.mark(self.words(regions))
+        elif self.slot.dirty_bitmap is not None:
+            self.slot.dirty_bitmap.merge_runs(*self.runs(regions))
 
     def mark(self, words: DirtyWords) -> None:
         """Set bits of the slot's bitmap; with mmu_lock held. A page that was there must be known before its bit is delivered."""
@@ -187,12 +217,7 @@ class UffdPort(SyncPort):
 
     def _let_go(self, uffd: Userfaultfd, watch: Watch) -> None:
         """Unregister a slot's memory."""
-        try:
-            uffd.unregister(watch.start, watch.end - watch.start)
-        except DirtyLogError as error:
-            # It was unmapped, or is gone with its address space: there is nothing to let go of.
-            if error.errno not in (errno.EINVAL, errno.ENOMEM, errno.ESRCH):
-                raise
+        unregister(uffd, watch.start, watch.end)
 
     def _cannot_arm(self, watch: Watch, error: DirtyLogError) -> None:  # noqa: ARG002 - for those who can go on
         """Raise that a slot cannot be armed, or go on without."""
@@ -217,12 +242,15 @@ class UffdPort(SyncPort):
             if watch.slot.anonymous:
                 there.append(watch.words(regions[(regions["categories"] & _THERE) != 0]))
             for neighbour in watch.neighbours:
-                neighbour.mark(neighbour.words(regions))
+                neighbour.deliver(regions)
 
         returned = Category.WRITTEN | POPULATED
         if watch.slot.anonymous:
             # First what is there; then, if the holes are to be armed too, what has come to be there meanwhile.
             scanner.take(watch.start, watch.end, note, anyof=POPULATED, returned=returned)
+            if watch.neighbours:
+                # What they have armed was not written since, and is there all the same.
+                scanner.populated(watch.start, watch.end, lambda regions: there.append(watch.words(regions)))
             if self._is_sparse(watch.slot, sum(int(np.bitwise_count(words.values).sum()) for words in there)):
                 watch.populated = DirtyBitmap(watch.slot.npages)
             else:
@@ -238,12 +266,12 @@ class UffdPort(SyncPort):
 
     def _take(self, watch: Watch, scanner: Scanner) -> None:
         def deliver(regions: NDArray[np.void]) -> None:
-            watch.mark(watch.words(regions))
+            watch.deliver(regions)
             for neighbour in watch.neighbours:
-                neighbour.mark(neighbour.words(regions))
+                neighbour.deliver(regions)
 
         if watch.populated is None:
-            scanner.take(watch.start, watch.end, deliver)
+            scanner.take(watch.start, watch.end, deliver, careful=watch.careful)
             return
         scanner.take(watch.start, watch.end, deliver, anyof=POPULATED)
         scanner.holes(watch.start, watch.end, lambda regions: self._discarded(watch, regions))
@@ -259,15 +287,18 @@ class UffdPort(SyncPort):
         if gone:
             watch.mark(gone)
             for neighbour in watch.neighbours:
-                neighbour.mark(neighbour.words(holes))
+                neighbour.deliver(watch.regions(gone))
             watch.populated = populated - DirtyBitmap.from_words(watch.slot.npages, gone)
 
     def _watch_anew(self, watch: Watch, scanner: Scanner) -> None:
         """Register a slot again, part of which was mapped anew; what has just been registered counts as written."""
         scanner.settle(self._deliver_anywhere)
+        watch.careful = True
         try:
             self._descriptors()[0].register(watch.start, watch.end - watch.start)
             self._take(watch, scanner)
+            if watch.populated is not None:
+                self._mark_foreign(watch)
         except DirtyLogError:
             # It is being mapped right now, or somebody else watches it: until that ends every get reports all of it.
             scanner.settle(self._deliver_anywhere)
@@ -276,13 +307,33 @@ class UffdPort(SyncPort):
     def mark_all(self, watch: Watch) -> None:
         """Count every page of a slot as written, and of its neighbours."""
         for one in (watch, *watch.neighbours):
+            if one.populated is not None:
+                # Whatever has come to be there meanwhile has been reported now, and may be discarded later.
+                one.populated.set_range(0, one.slot.npages)
             if one.slot.dirty_bitmap is not None:
                 one.slot.dirty_bitmap.merge(words_of_range(0, one.slot.npages))
+
+    def _mark_foreign(self, watch: Watch) -> None:
+        """Count as written what of a sparse slot is a mapping of a file now: there a page that is not there is no zeros."""
+        for mapping in read_mappings(self._pagemap.pid):
+            if not mapping.anonymous and mapping.start < watch.end and watch.start < mapping.end:
+                span = np.array([(mapping.start, mapping.end, 0)], abi.PAGE_REGION)
+                for one in (watch, *watch.neighbours):
+                    one.deliver(span)
 
     def _deliver_anywhere(self, regions: NDArray[np.void]) -> None:
         """Deliver what an earlier scan left, to whichever slots it belongs."""
         for watch in self._watched.values():
-            watch.mark(watch.words(regions))
+            watch.deliver(regions)
+
+
+def unregister(uffd: Userfaultfd, start: int, end: int) -> None:
+    """Let go of memory, if it is still there: where it was unmapped, or went with its address space, there is nothing to do."""
+    try:
+        uffd.unregister(start, end - start)
+    except DirtyLogError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOMEM, errno.ESRCH):
+            raise
 
 
 def _union(npages: int, parts: Iterable[DirtyWords]) -> DirtyWords:
