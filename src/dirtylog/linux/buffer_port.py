@@ -10,10 +10,11 @@ from dirtylog.buffers.locate import Pages
 from dirtylog.errors import InvalidArgumentError
 from dirtylog.linux.mappings import PageSizes, read_mappings
 from dirtylog.linux.pagemap import Pagemap
-from dirtylog.linux.uffd_port import UffdPort, Watch, unregister
+from dirtylog.linux.uffd_port import UffdPort, unregister
 from dirtylog.linux.userfaultfd import Userfaultfd, missing_uffd
 
 if TYPE_CHECKING:
+    from dirtylog.linux.watch import Watch
     from dirtylog.memslot import MemorySlot
 
 

@@ -6,7 +6,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from dirtylog.errors import TargetGoneError
-from dirtylog.linux.uffd_port import UffdPort, Watch
+from dirtylog.linux.uffd_port import UffdPort
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dirtylog.errors import DirtyLogError
     from dirtylog.linux.pagemap import Pagemap
     from dirtylog.linux.userfaultfd import Userfaultfd
+    from dirtylog.linux.watch import Watch
 
 
 class ProcessPort(UffdPort):

@@ -11,9 +11,7 @@ they come; and that a page has been discarded shows in a second scan, for holes 
 from __future__ import annotations
 
 import errno
-import mmap
 import threading
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -26,8 +24,9 @@ from dirtylog.linux.holes import words_in_holes
 from dirtylog.linux.mappings import read_mappings
 from dirtylog.linux.pagemap import POPULATED, Pagemap, Scanner
 from dirtylog.linux.probe import sees_discarded_tables
+from dirtylog.linux.watch import Watch
 from dirtylog.port import Exactness, SyncPort
-from dirtylog.words import DirtyWords, words_of_range, words_of_runs
+from dirtylog.words import DirtyWords, words_of_range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -49,66 +48,6 @@ _THERE = np.uint64(POPULATED)
 # Up to so many pages a mapping is armed throughout, and above that if one in so many is there.
 _SMALL = 1 << 16
 _POPULATED = 8
-
-
-@dataclass(eq=False, slots=True)
-class Watch:
-    """A slot that is being logged, in addresses. ``populated`` is there if it is sparse."""
-
-    slot: MemorySlot
-    start: int
-    end: int
-    shift: int
-    contents: DirtyWords | None = None
-    """The pages that were there at the start; None if every page must be taken to be."""
-    populated: DirtyBitmap | None = None
-    neighbours: list[Watch] = field(default_factory=list)
-    careful: bool = field(init=False)
-    """Whether there may be huge pages of hugetlbfs: in memory that is made of them, or that was mapped anew."""
-
-    def __post_init__(self) -> None:
-        self.careful = self.slot.page_size != mmap.PAGESIZE
-
-    def runs(self, regions: NDArray[np.void]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the slot's part of ascending regions, in pages: first ones, and those after the last ones."""
-        # Addresses of a process are below 2**63.
-        first, end = regions["start"].view(np.int64), regions["end"].view(np.int64)
-        if len(regions) and (first[0] < self.start or end[-1] > self.end):
-            first, end = np.maximum(first, self.start), np.minimum(end, self.end)
-            here = first < end
-            first, end = first[here], end[here]
-        first, end = first - self.start, end + (((1 << self.shift) - 1) - self.start)
-        first >>= self.shift
-        end >>= self.shift
-        return first, end
-
-    def words(self, regions: NDArray[np.void]) -> DirtyWords:
-        """Return the slot's part of ascending regions."""
-        return words_of_runs(*self.runs(regions))
-
-    def regions(self, words: DirtyWords) -> NDArray[np.void]:
-        """Return pages of the slot as regions."""
-        runs = DirtyBitmap.from_words(self.slot.npages, words).runs()
-        regions = np.zeros(len(runs), abi.PAGE_REGION)
-        regions["start"] = (runs[:, 0] << self.shift) + self.start
-        regions["end"] = regions["start"] + (runs[:, 1] << self.shift).view(np.uint64)
-        return regions
-
-    def deliver(self, regions: NDArray[np.void]) -> None:
-        """Set the bits of the slot's part of ascending regions; with mmu_lock held."""
-        if self.populated is not None:
-            self.mark(self.words(regions))
-        elif self.slot.dirty_bitmap is not None:
-            self.slot.dirty_bitmap.merge_runs(*self.runs(regions))
-
-    def mark(self, words: DirtyWords) -> None:
-        """Set bits of the slot's bitmap; with mmu_lock held. A page that was there must be known before its bit is delivered."""
-        if self.populated is not None:
-            new = DirtyBitmap.from_words(self.slot.npages, words) - self.populated
-            if new:
-                self.populated |= new
-        if self.slot.dirty_bitmap is not None and words:
-            self.slot.dirty_bitmap.merge(words)
 
 
 class UffdPort(SyncPort):
