@@ -19,6 +19,7 @@ S = TypeVar("S")
 _WHOLE = slice(None)
 _LINE_BYTES = 64
 _LINE_WORDS = 8
+_MANY = 64
 _ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
 
@@ -62,19 +63,25 @@ class SlotBitmap:
 
     def merge_runs(self, first: NDArray[np.int64], end: NDArray[np.int64]) -> None:
         """Set the bits of runs of pages: ``first`` up to but not ``end``, ascending, none overlapping."""
-        length, bit = end - first, first & 63
-        within = bit + length <= PAGES_PER_WORD
-        if np.count_nonzero(within) < len(within):
-            self.merge(words_of_runs(first[~within], end[~within]))
-            first, length, bit = first[within], length[within], bit[within]
+        # What lacks of each run to 64 pages; those that go on in the next word have their part in the first one here.
+        lack, bit = PAGES_PER_WORD - end, first & 63
+        lack += first
+        longer = np.flatnonzero(lack < bit)
+        if len(longer):
+            lack[longer] = bit[longer]
         index = first >> 6
-        bits = (_ALL >> (PAGES_PER_WORD - length).view(np.uint64)) << bit.view(np.uint64)
-        if np.count_nonzero(self._current[index]):
+        bits = _ALL >> lack.view(np.uint64)
+        bits <<= bit.view(np.uint64)
+        # A count of all flags takes no time, where a choice of some does.
+        flags = self._flags if len(self._flags) < _MANY * len(index) else self._flags[index]
+        if np.count_nonzero(flags):
             np.bitwise_or.at(self._current, index, bits)
         else:
             # The runs have no bit in common, so that their sum is their union; and to add is several times as fast.
             np.add.at(self._current, index, bits)
         self._flags[index] = True
+        if len(longer):
+            self.merge(words_of_runs((index[longer] + 1) << 6, end[longer]))
 
     def read(self) -> DirtyWords:
         """Return a copy of the non-zero words and change nothing."""
