@@ -30,6 +30,9 @@ def missing_uffd_here() -> str | None:
 
 needs_uffd = pytest.mark.skipif(missing_uffd_here() is not None, reason=missing_uffd_here() or "")
 
+forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+"""For tests whose forked child does next to nothing: Python since 3.12 warns, and pytest has a thread of its own."""
+
 
 def watched(area: Area) -> DirtyLog:
     """Return a log of an area, by userfaultfd."""

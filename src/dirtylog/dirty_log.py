@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
@@ -63,6 +65,7 @@ class DirtyLog:
         self._on = False
         self._stopped = False
         self._take = _generic_get(memory.port)
+        _logs.add(self)
 
     def start(self) -> None:
         """Begin to log every slot. Consumers from before a :meth:`stop` find all pages dirty: nobody saw what was written since."""
@@ -202,6 +205,23 @@ class DirtyLog:
         self.stop()
         if self.closes_memory:
             self.memory.close()
+
+
+_logs: weakref.WeakSet[DirtyLog] = weakref.WeakSet()
+
+
+def _unlock_all() -> None:
+    """Free the locks in a forked child, which other threads of the parent may have held: those threads are not in it.
+
+    What the locks guard may be half done; but the child has no part in its parent's log, and only has to be told so.
+    """
+    for log in list(_logs):
+        for lock in (log._lock, log.memory.slots.lock, log.memory.port.mmu_lock):  # noqa: SLF001 - of this module's class
+            lock._at_fork_reinit()  # type: ignore[attr-defined]  # noqa: SLF001 - as the standard library does with its own
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_all)
 
 
 def _generic_get(port: Port) -> Callable[[Memory, int, Callable[[DirtyBitmap], None]], None]:

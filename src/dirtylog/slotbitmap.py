@@ -19,7 +19,6 @@ S = TypeVar("S")
 _WHOLE = slice(None)
 _LINE_BYTES = 64
 _LINE_WORDS = 8
-_MANY = 64
 _ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
 
@@ -72,9 +71,8 @@ class SlotBitmap:
         index = first >> 6
         bits = _ALL >> lack.view(np.uint64)
         bits <<= bit.view(np.uint64)
-        # A count of all flags takes no time, where a choice of some does.
-        flags = self._flags if len(self._flags) < _MANY * len(index) else self._flags[index]
-        if np.count_nonzero(flags):
+        # Of the words, not of the flags: an interrupt can come between the two, and then the same runs come again.
+        if np.count_nonzero(self._current[index]):
             np.bitwise_or.at(self._current, index, bits)
         else:
             # The runs have no bit in common, so that their sum is their union; and to add is several times as fast.

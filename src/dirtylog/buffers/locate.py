@@ -55,14 +55,16 @@ def _array_of(buffer: Any) -> np.ndarray[Any, np.dtype[Any]]:  # noqa: ANN401 - 
         view = memoryview(buffer)
     except TypeError:
         pass
+    except ValueError as error:
+        raise InvalidArgumentError(f"the memory of this {kind} cannot be had", reason=str(error)) from error
     else:
         # An array over the view holds the export: while it lives a bytearray cannot be resized, nor an mmap closed.
         return np.frombuffer(view, np.uint8) if view.c_contiguous and view.nbytes else np.asarray(view)
     try:
-        if hasattr(buffer, "__array_interface__"):
+        if not isinstance(buffer, type) and hasattr(buffer, "__array_interface__"):
             return np.asarray(buffer)
-        if hasattr(buffer, "__dlpack__"):
-            return _writable(np.from_dlpack(buffer))
+        if not isinstance(buffer, type) and hasattr(buffer, "__dlpack__"):
+            return _from_dlpack(buffer)
     except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as error:
         raise InvalidArgumentError(
             f"the memory of this {kind} cannot be had", reason=str(error), remedy="for a tensor: detach().cpu()"
@@ -70,6 +72,14 @@ def _array_of(buffer: Any) -> np.ndarray[Any, np.dtype[Any]]:  # noqa: ANN401 - 
     raise InvalidArgumentError(
         f"a {kind} has no buffer: track an array, a bytearray, an mmap, shared memory, a memoryview, or a tensor on the CPU"
     )
+
+
+def _from_dlpack(buffer: Any) -> np.ndarray[Any, np.dtype[Any]]:  # noqa: ANN401 - as above
+    """Return an array over a tensor's memory, never over a copy: what exports it the older way cannot make one."""
+    try:
+        return np.from_dlpack(buffer, copy=False)
+    except TypeError:
+        return _writable(np.from_dlpack(buffer))
 
 
 def _writable(array: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[Any]]:

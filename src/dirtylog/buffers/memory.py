@@ -115,6 +115,8 @@ class BufferMemory:
 
     def close(self) -> None:
         """Let the buffer go. Stop the log first. A second call does nothing."""
+        for slot in self.slots:
+            self._port.stop_logging(slot)
         self._closed = True
         self._keep = None
         self._pages = np.empty((0, self._page_size), np.uint8)

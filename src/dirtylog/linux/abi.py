@@ -109,6 +109,7 @@ class Category(enum.IntFlag):
     FILE = 4
     PRESENT = 8
     SWAPPED = 16
+    HUGE = 64
     SOFT_DIRTY = 128
 
 

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from dirtylog.buffers.locate import Pages
-from dirtylog.errors import InvalidArgumentError
+from dirtylog.errors import DirtyLogError, InvalidArgumentError
 from dirtylog.linux.mappings import PageSizes, read_mappings
 from dirtylog.linux.pagemap import Pagemap
 from dirtylog.linux.uffd_port import UffdPort, unregister
@@ -33,7 +33,7 @@ class BufferPort(UffdPort):
             missing = missing_uffd()
             if missing is not None:
                 raise missing
-            cls._instance = cls(lambda: (Userfaultfd.create(), Pagemap()))
+            cls._instance = cls(_open_descriptors)
         return cls._instance
 
     @classmethod
@@ -48,21 +48,36 @@ class BufferPort(UffdPort):
             if not self._watched:
                 self.close()
 
+    def refuses(self, start: int, nbytes: int) -> DirtyLogError | None:
+        """As for any memory; what is refused leaves nothing open."""
+        with self.mmu_lock:
+            error = super().refuses(start, nbytes)
+            if error is not None and not self._watched:
+                self.close()
+            return error
+
     def _neighbours(self, watch: Watch) -> list[Watch]:
-        found = [other for other in self._watched.values() if other.start < watch.end and watch.start < other.end]
-        for other in found:
-            other.neighbours.append(watch)
-        return found
+        return [
+            other for other in self._watched.values() if other is not watch and other.start < watch.end and watch.start < other.end
+        ]
 
     def _let_go(self, uffd: Userfaultfd, watch: Watch) -> None:
         start = watch.start
-        for other in sorted(watch.neighbours, key=lambda other: other.start):
-            other.neighbours.remove(watch)
+        for other in sorted(self._neighbours(watch), key=lambda other: other.start):
             if start < other.start:
                 unregister(uffd, start, other.start)
             start = max(start, other.end)
         if start < watch.end:
             unregister(uffd, start, watch.end)
+
+
+def _open_descriptors() -> tuple[Userfaultfd, Pagemap]:
+    uffd = Userfaultfd.create()
+    try:
+        return uffd, Pagemap()
+    except BaseException:
+        uffd.close()
+        raise
 
 
 _REASONS = {

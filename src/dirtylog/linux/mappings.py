@@ -70,6 +70,8 @@ def read_mappings(pid: int | None = None) -> list[Mapping]:
         raise AccessDeniedError(
             f"cannot read {path}", errno=error.errno, pid=pid, remedy="be the same user, or root (CAP_SYS_PTRACE)"
         ) from error
+    except OSError as error:
+        raise DirtyLogError(f"cannot read {path}", errno=error.errno, pid=pid, reason=error.strerror) from error
     return [_mapping(line) for line in text.splitlines()]
 
 

@@ -63,6 +63,7 @@ class UffdPort(SyncPort):
         super().__init__()
         self._open_descriptors = open_descriptors
         self._uffd: Userfaultfd | None = None
+        self._pagemap: Pagemap | None = None
         self._scanner: Scanner | None = None
         # It guards the scanner too, which several memories of this process share, and is held throughout a scan.
         self.mmu_lock = threading.RLock()
@@ -77,7 +78,8 @@ class UffdPort(SyncPort):
         watch = Watch(slot, slot.host_address, slot.host_address + slot.nbytes, slot.page_size.bit_length() - 1)
         with self.mmu_lock:
             uffd, scanner = self._descriptors()
-            watch.neighbours = self._neighbours(watch)
+            # A scan that was interrupted may have left pages in the vector: to arm is to scan, and would overwrite them.
+            scanner.settle(self._deliver_anywhere)
             self._watched[slot] = watch
             try:
                 uffd.register(watch.start, slot.nbytes)
@@ -110,7 +112,11 @@ class UffdPort(SyncPort):
             _, scanner = self._descriptors()
             scanner.settle(self._deliver_anywhere)
             try:
-                self._take(watch, scanner)
+                if watch.new:
+                    # An interrupt came before all that is foreign had been marked.
+                    self._watch_anew(watch, scanner)
+                else:
+                    self._take(watch, scanner)
             except AccessDeniedError:
                 self._watch_anew(watch, scanner)
             except TargetGoneError:
@@ -143,10 +149,10 @@ class UffdPort(SyncPort):
         """Close the descriptors: the kernel forgets what was registered."""
         with self.mmu_lock:
             self._watched.clear()
-            if self._uffd is not None:
-                self._uffd.close()
-                self._pagemap.close()
-                self._uffd = self._scanner = None
+            for descriptor in (self._uffd, self._pagemap):
+                if descriptor is not None:
+                    descriptor.close()
+            self._uffd = self._pagemap = self._scanner = None
 
     # --- for kinds of memory
 
@@ -168,7 +174,10 @@ class UffdPort(SyncPort):
     # --- scans, with mmu_lock held
 
     def _descriptors(self) -> tuple[Userfaultfd, Scanner]:
-        if self._uffd is None or self._scanner is None:
+        # Closed, and not by a fork: a close was interrupted.
+        if self._uffd is None or self._scanner is None or (self._uffd.closed and not self._uffd.left_to_parent):
+            if self._pagemap is not None:
+                self._pagemap.close()
             self._uffd, self._pagemap = self._open_descriptors()
             self._scanner = Scanner(self._pagemap)
         return self._uffd, self._scanner
@@ -180,14 +189,14 @@ class UffdPort(SyncPort):
         def note(regions: NDArray[np.void]) -> None:
             if watch.slot.anonymous:
                 there.append(watch.words(regions[(regions["categories"] & _THERE) != 0]))
-            for neighbour in watch.neighbours:
+            for neighbour in self._neighbours(watch):
                 neighbour.deliver(regions)
 
         returned = Category.WRITTEN | POPULATED
         if watch.slot.anonymous:
             # First what is there; then, if the holes are to be armed too, what has come to be there meanwhile.
             scanner.take(watch.start, watch.end, note, anyof=POPULATED, returned=returned)
-            if watch.neighbours:
+            if self._neighbours(watch):
                 # What they have armed was not written since, and is there all the same.
                 scanner.populated(watch.start, watch.end, lambda regions: there.append(watch.words(regions)))
             if self._is_sparse(watch.slot, sum(int(np.bitwise_count(words.values).sum()) for words in there)):
@@ -206,7 +215,7 @@ class UffdPort(SyncPort):
     def _take(self, watch: Watch, scanner: Scanner) -> None:
         def deliver(regions: NDArray[np.void]) -> None:
             watch.deliver(regions)
-            for neighbour in watch.neighbours:
+            for neighbour in self._neighbours(watch):
                 neighbour.deliver(regions)
 
         if watch.populated is None:
@@ -225,7 +234,7 @@ class UffdPort(SyncPort):
         gone = words_in_holes(populated.nonzero_words(), first, end)
         if gone:
             watch.mark(gone)
-            for neighbour in watch.neighbours:
+            for neighbour in self._neighbours(watch):
                 neighbour.deliver(watch.regions(gone))
             watch.populated = populated - DirtyBitmap.from_words(watch.slot.npages, gone)
 
@@ -233,11 +242,13 @@ class UffdPort(SyncPort):
         """Register a slot again, part of which was mapped anew; what has just been registered counts as written."""
         scanner.settle(self._deliver_anywhere)
         watch.careful = True
+        watch.new = watch.populated is not None
         try:
             self._descriptors()[0].register(watch.start, watch.end - watch.start)
             self._take(watch, scanner)
-            if watch.populated is not None:
+            if watch.new:
                 self._mark_foreign(watch)
+                watch.new = False
         except DirtyLogError:
             # It is being mapped right now, or somebody else watches it: until that ends every get reports all of it.
             scanner.settle(self._deliver_anywhere)
@@ -245,7 +256,7 @@ class UffdPort(SyncPort):
 
     def mark_all(self, watch: Watch) -> None:
         """Count every page of a slot as written, and of its neighbours."""
-        for one in (watch, *watch.neighbours):
+        for one in (watch, *self._neighbours(watch)):
             if one.populated is not None:
                 # Whatever has come to be there meanwhile has been reported now, and may be discarded later.
                 one.populated.set_range(0, one.slot.npages)
@@ -254,10 +265,11 @@ class UffdPort(SyncPort):
 
     def _mark_foreign(self, watch: Watch) -> None:
         """Count as written what of a sparse slot is a mapping of a file now: there a page that is not there is no zeros."""
+        assert self._pagemap is not None  # noqa: S101 - it was scanned a moment ago
         for mapping in read_mappings(self._pagemap.pid):
             if not mapping.anonymous and mapping.start < watch.end and watch.start < mapping.end:
                 span = np.array([(mapping.start, mapping.end, 0)], abi.PAGE_REGION)
-                for one in (watch, *watch.neighbours):
+                for one in (watch, *self._neighbours(watch)):
                     one.deliver(span)
 
     def _deliver_anywhere(self, regions: NDArray[np.void]) -> None:

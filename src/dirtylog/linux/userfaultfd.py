@@ -74,14 +74,19 @@ class Userfaultfd(UnsharedDescriptor):
         self.ioctl(abi.UFFDIO_UNREGISTER, abi.UffdioRange(start=start, len=nbytes), "cannot let go of %#x", start)
 
 
-@functools.cache
 def missing_uffd() -> DirtyLogError | None:
     """Return why this process cannot watch its memory with a userfaultfd, or None if it can."""
     try:
-        Userfaultfd.create().close()
+        _try()
     except DirtyLogError as error:
         return error
     return None
+
+
+@functools.cache
+def _try() -> None:
+    """Make one, once: what fails is tried again, for it may be for want of a descriptor."""
+    Userfaultfd.create().close()
 
 
 def new_userfaultfd() -> int:
@@ -102,6 +107,8 @@ def new_userfaultfd() -> int:
 def _refused(error: OSError) -> DirtyLogError:
     if error.errno == errno.ENOSYS:
         return UnsupportedError("this kernel has no userfaultfd", errno=error.errno, reason="ENOSYS", remedy=_NEWER)
+    if error.errno not in (errno.EPERM, errno.EACCES):
+        return DirtyLogError("no userfaultfd can be had", errno=error.errno, reason=error.strerror)
     return AccessDeniedError(
         "userfaultfd is refused",
         errno=error.errno,

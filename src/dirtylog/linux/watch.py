@@ -29,7 +29,8 @@ class Watch:
     contents: DirtyWords | None = None
     """The pages that were there at the start; None if every page must be taken to be."""
     populated: DirtyBitmap | None = None
-    neighbours: list[Watch] = field(default_factory=list)
+    new: bool = False
+    """Whether part of it was found to be mapped anew, and what of that is foreign has not been marked yet."""
     careful: bool = field(init=False)
     """Whether there may be huge pages of hugetlbfs: in memory that is made of them, or that was mapped anew."""
 
