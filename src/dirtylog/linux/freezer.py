@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dirtylog.errors import DirtyLogError, TargetGoneError, UnsupportedError
 from dirtylog.linux.arch import host_architecture
 from dirtylog.linux.injection import has_signal
+from dirtylog.linux.preflight import GONE, read_status
 from dirtylog.linux.ptrace import Option, Tracee
 from dirtylog.linux.signals import block_signals
 
@@ -83,21 +84,36 @@ class Freezer:
 
     def _stop_all(self, tracees: dict[int, Tracee]) -> None:
         """Stop threads until there is none that runs: one that runs may start another."""
+        ended = {self._pid} if self._leader is not None else set[int]()
         while True:
             try:
                 found = [int(entry.name) for entry in Path(f"/proc/{self._pid}/task").iterdir()]
             except FileNotFoundError as error:
                 raise TargetGoneError(f"process {self._pid} is gone", pid=self._pid) from error
-            new = [tid for tid in found if tid not in tracees and not (self._leader and tid == self._pid)]
+            for tid in [tid for tid in tracees if self._has_another_place(tid)]:
+                del tracees[tid]
+            new = [tid for tid in found if tid not in tracees and tid not in ended]
             if not new:
-                return
+                break
             for tid in new:
                 try:
                     tracee = Tracee(self._pid, tid, Option.NONE)
                     tracee.stop()
-                except TargetGoneError:
-                    continue  # a thread that has ended
+                except DirtyLogError:
+                    if _has_ended(self._pid, tid):
+                        ended.add(tid)
+                        continue
+                    raise
                 tracees[tid] = tracee
+        if not tracees and self._leader is None:
+            raise TargetGoneError(f"process {self._pid} has ended", pid=self._pid)
+
+    def _has_another_place(self, tid: int) -> bool:
+        """Return whether a thread that was stopped is none of ours any more: another has executed a program, and has its number."""
+        try:
+            return not read_status(self._pid, tid).tracer
+        except TargetGoneError:
+            return True
 
     def _let_go(self, tracee: Tracee) -> None:
         try:
@@ -110,6 +126,13 @@ class Freezer:
             tracee.detach()
         except DirtyLogError:
             pass  # it has ended: nothing is there to be let go
+
+
+def _has_ended(pid: int, tid: int) -> bool:
+    try:
+        return read_status(pid, tid).state in GONE
+    except TargetGoneError:
+        return True
 
 
 def _known_architecture() -> Architecture[Any] | None:

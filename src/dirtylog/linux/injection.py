@@ -21,6 +21,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ATTEMPTS = 8
+_MASKS = ("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt")
+_IGNORED_BY_DEFAULT = sum(1 << sig - 1 for sig in (signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH))
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -315,10 +318,9 @@ def _copy_of(pid: int, fd: int) -> int:
 def has_signal(tracee: Tracee) -> bool:
     """Return whether a signal waits that the thread does not block: then it was this that interrupted it."""
     lines = Path(f"/proc/{tracee.pid}/task/{tracee.tid}/status").read_text(encoding="utf-8", errors="replace").splitlines()
-    masks = {
-        key: int(value, 16) for key, _, value in (line.partition(":\t") for line in lines) if key in ("SigPnd", "ShdPnd", "SigBlk")
-    }
-    return bool((masks["SigPnd"] | masks["ShdPnd"]) & ~masks["SigBlk"])
+    masks = {key: int(value, 16) for key, _, value in (line.partition(":\t") for line in lines) if key in _MASKS}
+    ignored = masks["SigIgn"] | (_IGNORED_BY_DEFAULT & ~masks["SigCgt"])
+    return bool((masks["SigPnd"] | masks["ShdPnd"]) & ~masks["SigBlk"] & ~ignored)
 
 
 def _in_critical_section(memory: int, rseq: int, counter: int) -> bool:

@@ -9,6 +9,7 @@ pass through the tracer. Should we die later, it runs on untraced.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import queue
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 from dirtylog.errors import AccessDeniedError, DirtyLogError, InvalidArgumentError, TargetGoneError
 from dirtylog.linux.arch import host_architecture
 from dirtylog.linux.injection import CallWindow, find_code, open_memory, take_userfaultfd
-from dirtylog.linux.preflight import read_status
+from dirtylog.linux.preflight import GONE, read_status
 from dirtylog.linux.ptrace import WALL, Event, Option, Request, Stop, Tracee, stop_of
 from dirtylog.linux.signals import block_signals
 
@@ -33,25 +34,31 @@ if TYPE_CHECKING:
     from dirtylog.linux.userfaultfd import Userfaultfd
 
 _TRACED = Option.TRACESYSGOOD | Option.TRACEEXEC | Option.TRACEEXIT
-# Runs in place of the program until it is traced. Python ignores SIGPIPE and SIGXFSZ, which the program must not inherit.
+# Runs in place of the program until it is traced; without the word to go it ends. Python ignores SIGPIPE and SIGXFSZ, and sets
+# LC_CTYPE, none of which the program must inherit.
 _STUB = """\
 import os, signal, sys
+with open("/proc/self/environ", "rb") as file:
+    environment = dict(one.split(b"=", 1) for one in file.read().split(bytes(1)) if b"=" in one)
 for name in ("SIGPIPE", "SIGXFSZ"):
     signal.signal(getattr(signal, name), signal.SIG_DFL)
 gate, answer = int(sys.argv[1]), int(sys.argv[2])
-os.read(gate, 1)
+os.write(answer, b".")
+if not os.read(gate, 1):
+    os._exit(127)
 os.set_inheritable(gate, False)
 os.set_inheritable(answer, False)
 try:
-    os.execvp(sys.argv[3], sys.argv[3:])
+    os.execvpe(sys.argv[3], sys.argv[3:], environment)
 except OSError as error:
     os.write(answer, str(error.errno).encode())
     os._exit(127)
 """
 _OTHER_THREADS_SECONDS = 1.0
-_START_SECONDS = 30.0
+_EXEC_SECONDS = 2.0
 _END_SECONDS = 5.0
 _LOOK_SECONDS = 0.05
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Launched:
@@ -60,6 +67,10 @@ class Launched:
     def __init__(self, command: Sequence[str]) -> None:
         if not command:
             raise InvalidArgumentError("no command: name a program, and its arguments")
+        if not command[0] or any("\0" in word for word in command):
+            raise InvalidArgumentError(
+                f"{command[0]!r} cannot be executed", reason="a program has a name, and no word has a zero byte in it"
+            )
         self._architecture = host_architecture()
         self._uffds: queue.SimpleQueue[Userfaultfd | BaseException] = queue.SimpleQueue()
         self._begun = False
@@ -72,6 +83,15 @@ class Launched:
         self._let_end = threading.Event()
         self.status: int | None = None
         """Its exit status, negative for the signal that ended it; None while it runs."""
+        self._stopped = False
+        self._thread: threading.Thread | None = None
+        try:
+            self._start(command)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _start(self, command: Sequence[str]) -> None:
         gate, open_gate = os.pipe()
         answer, give_answer = os.pipe()
         try:
@@ -82,28 +102,46 @@ class Launched:
             self.pid = self._process.pid
             os.close(give_answer)
             give_answer = -1
-            self._thread = threading.Thread(target=self._trace, args=(open_gate,), name="dirtylog-ptrace", daemon=True)
-            self._thread.start()
+            # Popen returns in the middle of the stub's own execve: traced then, it would be taken for the program's.
+            os.read(answer, 1)
+            thread = threading.Thread(target=self._trace, args=(open_gate,), name="dirtylog-ptrace", daemon=True)
+            thread.start()
+            self._thread, open_gate = thread, -1
             refused = os.read(answer, 16)
             if refused:
-                self._thread.join()
+                thread.join()
                 raise _cannot_start(command[0], int(refused))
         finally:
-            for fd in (gate, answer, give_answer):
+            for fd in (gate, open_gate, answer, give_answer):
                 if fd >= 0:
                     os.close(fd)
 
-    def userfaultfd(self) -> Userfaultfd:
-        """Return the userfaultfd of the program that it executes now. One call for each program that is logged."""
+    def _abandon(self) -> None:
+        """Leave nothing of a start that failed."""
+        if not hasattr(self, "_process"):
+            return
+        if self._thread is None:
+            self._process.kill()
+            self._process.wait()
+        elif self.status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self.close()
+
+    def userfaultfd(self) -> Userfaultfd | None:
+        """Return the userfaultfd of the program that it executes now. One call for each program that is logged.
+
+        None if it got none: another thread than the first has executed the program, and it is not traced any more.
+        """
         try:
-            found = self._uffds.get(timeout=_START_SECONDS)
+            found = self._uffds.get(timeout=_EXEC_SECONDS)
             while not self._uffds.empty():
                 # Of a program that has executed another since.
                 if not isinstance(found, BaseException):
                     found.close()
                 found = self._uffds.get_nowait()
         except queue.Empty:
-            raise TargetGoneError(f"process {self.pid} executes nothing", pid=self.pid) from None
+            return None
         if isinstance(found, BaseException):
             raise found
         return found
@@ -121,12 +159,12 @@ class Launched:
         self._paused.clear()
         self._unpause.clear()
         self._pause_wanted = True
-        # The tracer takes this signal away: the program never sees it. No other stops a thread whatever it blocks.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGSTOP)
+        # To the first thread only, whose tracer takes it away: the program never sees it. No other signal can be blocked as little.
+        # Safe: integers only.
+        _libc.syscall(self._architecture.tgkill, self.pid, self.pid, int(signal.SIGSTOP))
         while not self._paused.wait(_LOOK_SECONDS) and not self.ending.is_set():
-            if read_status(self.pid, self.pid).state == "T":
-                return  # somebody else has stopped it
+            if self._stopped or read_status(self.pid, self.pid).state in GONE:
+                return  # somebody else has stopped it, or it has ended before other threads
 
     def let_end(self) -> None:
         """Let it end: the last look has been taken."""
@@ -136,7 +174,7 @@ class Launched:
         """End it, if it has not ended: SIGTERM, and SIGKILL after five seconds. A second call does nothing."""
         self.let_end()
         for sig in (signal.SIGTERM, signal.SIGKILL):
-            if not self._thread.is_alive():
+            if self._thread is None or not self._thread.is_alive():
                 break
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, sig)
@@ -158,6 +196,8 @@ class Launched:
             self._process.kill()
             self._ended(os.waitpid(self.pid, 0)[1])
             return
+        else:
+            os.write(gate, b".")
         finally:
             os.close(gate)
         try:
@@ -179,6 +219,7 @@ class Launched:
 
     def _answer(self, tracee: Tracee, stop: Stop) -> None:
         sig = 0
+        self._stopped = stop.event is Event.GROUP
         if stop.event is Event.EXEC:
             self._give_userfaultfd(tracee)
         elif stop.event is Event.EXIT:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 _AGENT = "let the program run dirtylog.agent, or use port compare"
 _GO_MAGIC = b"\xff Go buildinf:"
 _ELF_MACHINE = 18
-_GONE = "ZXx"
+GONE = "ZXx"
+"""States of a thread that has ended."""
 
 
 class Status(NamedTuple):
@@ -49,10 +50,25 @@ def read_status(pid: int, tid: int | None = None) -> Status:
 
 def check_has_memory(pid: int, status: Status) -> None:
     """Raise what there is to say of a process without memory: it has ended, or it is the kernel's."""
-    if status.state in _GONE:
+    if status.state in GONE:
+        if runs_without_first(pid):
+            raise UnsupportedError(
+                f"the first thread of process {pid} has left, and others run on",
+                pid=pid,
+                reason="the kernel shows the memory of such a process no longer by its number",
+            )
         raise TargetGoneError(f"process {pid} has ended", pid=pid, reason="its parent has not asked for its exit status yet")
     if not status.has_memory:
         raise InvalidArgumentError(f"{pid} is a thread of the kernel: it has no memory of its own", pid=pid)
+
+
+def runs_without_first(pid: int) -> bool:
+    """Return whether threads of a process run on of which the first has ended."""
+    try:
+        tids = [int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir()]
+        return any(read_status(pid, tid).state not in GONE for tid in tids if tid != pid)
+    except (OSError, TargetGoneError):
+        return False
 
 
 def check_process(pid: int, architecture: Architecture[Any]) -> Status:
@@ -117,7 +133,7 @@ def threads_by_preference(pid: int, architecture: Architecture[Any]) -> list[int
             state = read_status(pid, tid).state
         except (OSError, TargetGoneError):
             continue
-        if state not in "D" + _GONE:
+        if state not in "D" + GONE:
             number = -1 if call[0] == "running" else int(call[0])
             ranked.append((0 if number in architecture.restartable else 1 if number < 0 else 2, tid))
     if not ranked:

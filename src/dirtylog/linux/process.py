@@ -252,9 +252,9 @@ class ProcessMemory:
     def _attach(self) -> tuple[Userfaultfd, Pagemap]:
         pagemap = Pagemap(self.pid)
         try:
-            if self._launched is not None:
-                uffd, self.attached = self._launched.userfaultfd(), Attached.STARTED
-            else:
+            uffd = None if self._launched is None else self._launched.userfaultfd()
+            self.attached = Attached.STARTED
+            if uffd is None:
                 uffd, self.attached = attach(self.pid)
         except BaseException:
             pagemap.close()

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dirtylog.bitmap import DirtyBitmap
 from dirtylog.compare import ComparePort
+from dirtylog.errors import CoverageLostError
 from dirtylog.linux.mappings import Mapping, PageSizes, read_mappings
 from dirtylog.linux.pins import NO_PINS, Pins, pins_of
 from dirtylog.linux.placement import Kind, Piece, Placed, plan
+from dirtylog.linux.preflight import runs_without_first
 from dirtylog.linux.uffd_port import UffdPort
 from dirtylog.log import stop_logging
 from dirtylog.memslot import MEM_MAX_NR_PAGES, MemorySlot, SlotTable
@@ -49,7 +51,14 @@ class ProcessSlots:
 
     def follow(self, memory: Memory, port: ProcessPort | SoftDirtyPort | ComparePort) -> None:
         """Make slots of new mappings; drop those of mappings that are gone, or are others now."""
-        mappings = [one for one in read_mappings(self._pid) if not one.of_the_kernel and one in self._selection]
+        found = read_mappings(self._pid)
+        if not found and runs_without_first(self._pid):
+            raise CoverageLostError(
+                f"the first thread of process {self._pid} has left, and others run on",
+                pid=self._pid,
+                reason="the kernel shows its memory no longer by its number, and what they write is not seen",
+            )
+        mappings = [one for one in found if not one.of_the_kernel and one in self._selection]
         self._pins = pins_of(self._pid)
         todo = plan(self.placed, mappings)
         added, skipped = self._make_slots(todo.pieces, port)

@@ -191,9 +191,12 @@ class Tracee:
             self.resume(request)
 
     def stop(self) -> None:
-        """Interrupt it, and return when it stands. A signal that was on its way is let through first."""
+        """Interrupt it, and return when it stands. A signal that was on its way is let through first.
+
+        In a job-control stop it stands already, and goes back to it when it is let go.
+        """
         self.interrupt()
-        while (stop := self.wait()).event is not Event.TRAP:
+        while (stop := self.wait()).event not in (Event.TRAP, Event.GROUP):
             self.resume(sig=stop.signal if stop.event is Event.SIGNAL else 0)
 
     def registers(self, kind: type[S], note: int) -> S:

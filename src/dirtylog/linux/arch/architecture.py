@@ -41,6 +41,7 @@ class Architecture(ABC, Generic[R]):
     """What the C library has a signal handler return to."""
     userfaultfd: ClassVar[int]
     close: ClassVar[int]
+    tgkill: ClassVar[int]
     restartable: ClassVar[frozenset[int]]
     """System calls that sleep, and go on after a stop as if nothing had been."""
     interruptible: ClassVar[frozenset[int]]

@@ -114,6 +114,7 @@ class Arm64(Architecture[ThreadRegs]):
     sigreturn_code = bytes.fromhex("68 11 80 d2 01 00 00 d4")  # mov x8, #139; svc #0
     userfaultfd = 282
     close = 57
+    tgkill = 131
     # read, pselect6, ppoll, waitid, futex, nanosleep, clock_nanosleep, rt_sigsuspend, wait4
     restartable: ClassVar[frozenset[int]] = frozenset({63, 72, 73, 95, 98, 101, 115, 133, 260})
     interruptible: ClassVar[frozenset[int]] = frozenset()

@@ -87,10 +87,14 @@ class X86_64(Architecture[UserRegs]):  # noqa: N801 - the architecture's name
     sigreturn_code = bytes.fromhex("48 c7 c0 0f 00 00 00 0f 05")
     userfaultfd = 323
     close = 3
+    tgkill = 234
     # read, poll, select, pause, nanosleep, wait4, rt_sigsuspend, futex, clock_nanosleep, waitid, pselect6, ppoll
     restartable: ClassVar[frozenset[int]] = frozenset({0, 7, 23, 34, 35, 61, 130, 202, 230, 247, 270, 271})
-    # accept, semop, rt_sigtimedwait, semtimedop, epoll_wait, epoll_pwait, accept4, epoll_pwait2
-    interruptible: ClassVar[frozenset[int]] = frozenset({43, 65, 128, 220, 232, 281, 288, 441})
+    # With a timeout: read, write, readv, writev, accept, sendto, recvfrom, sendmsg, recvmsg, accept4, recvmmsg, sendmmsg; and ever:
+    # semop, rt_sigtimedwait, io_getevents, semtimedop, epoll_wait, epoll_pwait, io_pgetevents, io_uring_enter, epoll_pwait2
+    interruptible: ClassVar[frozenset[int]] = frozenset(
+        {0, 1, 19, 20, 43, 44, 45, 46, 47, 288, 299, 307, 65, 128, 208, 220, 232, 281, 333, 426, 441}
+    )
 
     def save(self, tracee: Tracee) -> UserRegs:
         """Return the general registers."""
