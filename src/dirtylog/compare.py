@@ -1,7 +1,7 @@
 """Writes found by comparing with a copy: works on any memory that can be read, wherever Python runs, and costs all of it each time.
 
 It sees contents, not writes. Each sync copies the memory piece by piece and compares *that copy* with the one before, which it then
-replaces: a store that comes in between differs from the new copy, and the next sync finds it.
+replaces: a store that comes in between differs from the new copy, and the next sync finds it. A memory's ``read`` gives that copy.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class ComparePort(SyncPort):
     how = "a copy of the contents, compared"
     exactness: ClassVar[Exactness] = Exactness.EXACT
     """Reported is what has changed. A write that changes nothing is not seen: see the blind spots."""
-    blind_spots: ClassVar[tuple[str, ...]] = ("writes that leave a page's contents as they were at the get before",)
+    blind_spots: ClassVar[tuple[str, ...]] = (
+        "writes that leave a page's contents as they were at the get before; copy pages with read, which gives what was compared",
+    )
 
     def __init__(self, read: ReadRange) -> None:
         super().__init__()
@@ -54,6 +56,14 @@ class ComparePort(SyncPort):
         for first in range(0, slot.npages, step):
             self._read(slot, first, shadow[first : first + step])
         self._shadows[slot] = shadow
+
+    def compared(self, slot: MemorySlot) -> NDArray[np.uint8] | None:
+        """Return the contents as they were when they were compared, uint8[npages, page_size]; None of a slot that is not logged.
+
+        Who copies what a get reports must copy *this*: of what is there later, a page could be copied that is back to what it was
+        at the next get, and then it would not be reported.
+        """
+        return self._shadows.get(slot)
 
     def stop_logging(self, slot: MemorySlot) -> None:
         """Forget the copy."""

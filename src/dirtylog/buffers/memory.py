@@ -11,6 +11,7 @@ import numpy as np
 from dirtylog.bitmap import checked_pages
 from dirtylog.buffers.locate import locate
 from dirtylog.buffers.ports import choose_port
+from dirtylog.compare import ComparePort
 from dirtylog.errors import DirtyLogError, InvalidArgumentError
 from dirtylog.memslot import MemorySlot, SlotTable
 
@@ -80,9 +81,15 @@ class BufferMemory:
         return []
 
     def read(self, slot: int, pages: ArrayLike, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        """Return the contents of ``pages`` as uint8[k, page_size], in ``out`` if it is given; neighbours of the buffer included."""
+        """Return the contents of ``pages`` as uint8[k, page_size], in ``out`` if it is given; neighbours of the buffer included.
+
+        Of port compare, while it logs, what was compared at the last get.
+        """
         memslot = self.slots[slot]
-        return np.take(self._open_pages(), checked_pages(pages, memslot.npages), axis=0, out=out, mode="clip")
+        contents = self._open_pages()
+        if isinstance(self._port, ComparePort) and (compared := self._port.compared(memslot)) is not None:
+            contents = compared
+        return np.take(contents, checked_pages(pages, memslot.npages), axis=0, out=out, mode="clip")
 
     def write(self, slot: int, pages: ArrayLike, data: ArrayLike) -> None:
         """Write uint8[k, page_size] to ``pages``. Of the first and the last page only what belongs to the buffer is written."""

@@ -75,6 +75,8 @@ class Text:
             if count:
                 print(f"{count:>29} of {name} {permissions}")
         print(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in asdict(self._memory.stats).items()))
+        if getattr(self._memory, "status", None) is not None:
+            print(f"the command has ended, exit status {getattr(self._memory, 'status', None)}")
         for blind in self._memory.blind_spots:
             print(f"blind spot: {blind}")
         for gap in self._memory.incomplete:

@@ -125,6 +125,8 @@ class Run(Command):
             status = _log(args, log, (report, pictured) if args.heatmap is not None else (report,))
             if isinstance(memory, Machine):
                 memory.pause()
+            elif status is ExitCode.DONE:
+                memory.end()
             if status is ExitCode.DONE and memory.incomplete:
                 print(f"dirtylog: writes may have been missed: {'; '.join(memory.incomplete)}", file=sys.stderr)
                 status = ExitCode.INCOMPLETE

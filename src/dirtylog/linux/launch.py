@@ -13,6 +13,7 @@ import ctypes
 import errno
 import os
 import queue
+import select
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from dirtylog.errors import AccessDeniedError, DirtyLogError, InvalidArgumentErr
 from dirtylog.linux.arch import host_architecture
 from dirtylog.linux.injection import CallWindow, find_code, open_memory, take_userfaultfd
 from dirtylog.linux.preflight import GONE, read_status
-from dirtylog.linux.ptrace import WALL, Event, Option, Request, Stop, Tracee, stop_of
+from dirtylog.linux.ptrace import WAIT, Event, Option, Request, Stop, Tracee, stop_of
 from dirtylog.linux.signals import block_signals
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ except OSError as error:
     os._exit(127)
 """
 _OTHER_THREADS_SECONDS = 1.0
-_EXEC_SECONDS = 2.0
+_EXEC_SECONDS = 0.001
 _END_SECONDS = 5.0
 _LOOK_SECONDS = 0.05
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -134,7 +135,9 @@ class Launched:
         None if it got none: another thread than the first has executed the program, and it is not traced any more.
         """
         try:
-            found = self._uffds.get(timeout=_EXEC_SECONDS)
+            while self._uffds.empty() and read_status(self.pid).tracer:
+                time.sleep(_EXEC_SECONDS)
+            found = self._uffds.get_nowait()
             while not self._uffds.empty():
                 # Of a program that has executed another since.
                 if not isinstance(found, BaseException):
@@ -169,6 +172,12 @@ class Launched:
     def let_end(self) -> None:
         """Let it end: the last look has been taken."""
         self._let_end.set()
+
+    def end(self) -> None:
+        """Let it end, and wait for that, if it is ending."""
+        self.let_end()
+        if self.ending.is_set() and self._thread is not None:
+            self._thread.join(_END_SECONDS)
 
     def close(self) -> None:
         """End it, if it has not ended: SIGTERM, and SIGKILL after five seconds. A second call does nothing."""
@@ -211,11 +220,24 @@ class Launched:
 
     def _follow(self, tracee: Tracee) -> None:
         while self.status is None:
-            _, status = os.waitpid(self.pid, WALL)
+            try:
+                _, status = os.waitpid(self.pid, WAIT)
+            except ChildProcessError:
+                self._wait_untraced()
+                return
             if os.WIFSTOPPED(status):
                 self._answer(tracee, stop_of(status))
             else:
                 self._ended(status)
+
+    def _wait_untraced(self) -> None:
+        """Wait for its end only: another thread than the first has executed a program, which none of ours traces."""
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            select.select([pidfd], [], [])
+        finally:
+            os.close(pidfd)
+        self._ended(os.waitpid(self.pid, 0)[1])
 
     def _answer(self, tracee: Tracee, stop: Stop) -> None:
         sig = 0

@@ -134,7 +134,9 @@ class PageSizes:
         try:
             query = abi.ProcmapQuery(size=104, query_flags=_COVERING, query_addr=mapping.start)
             fcntl.ioctl(fd, abi.PROCMAP_QUERY, query)
-            return int(query.vma_page_size)
+            # The next one, where it has just been unmapped.
+            here = query.vma_start <= mapping.start and mapping.end <= query.vma_end
+            return int(query.vma_page_size) if here else os.sysconf("SC_PAGESIZE")
         except OSError as error:
             if error.errno != errno.ENOTTY:
                 return os.sysconf("SC_PAGESIZE")  # it has just been unmapped

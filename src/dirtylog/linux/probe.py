@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dirtylog.errors import DirtyLogError
+from dirtylog.errors import AccessDeniedError, DirtyLogError
 from dirtylog.linux.abi import Category
 from dirtylog.linux.pagemap import Pagemap, Scanner
 from dirtylog.linux.userfaultfd import Userfaultfd
@@ -50,7 +50,11 @@ def sees_discarded_tables() -> bool:
         categories |= int(np.bitwise_or.reduce(regions["categories"]))
         found += int((regions["end"] - regions["start"]).sum())
 
-    with Userfaultfd.create() as uffd, Pagemap() as pagemap:
+    try:
+        pagemap = Pagemap()
+    except AccessDeniedError:
+        return False  # a process that has changed its user may not look at its own
+    with pagemap, Userfaultfd.create() as uffd:
         uffd.register(start, _TABLE_BYTES)
         scanner = Scanner(pagemap, _TABLE_BYTES // mmap.PAGESIZE)
         scanner.take(start, start + _TABLE_BYTES, look, returned=Category.WRITTEN | Category.HUGE)

@@ -8,6 +8,7 @@ import select
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -82,6 +83,12 @@ class ProcessMemory:
             resources.callback(self._port.close)
             resources.callback(self._freezer.thaw)
             self.update_slots()
+            if options.maps and launched is None and not len(self.slots):
+                raise InvalidArgumentError(
+                    f"no mapping of process {pid} is chosen by {', '.join(map(repr, options.maps))}",
+                    pid=pid,
+                    remedy=f"see /proc/{pid}/maps",
+                )
             self._resources = resources.pop_all()
 
     # --- what a source gives
@@ -116,6 +123,11 @@ class ProcessMemory:
         """The exit status of a program that was started here, negative for a signal; None while it runs, or of another process."""
         return None if self._launched is None else self._launched.status
 
+    def end(self) -> None:
+        """Let a program that was started here, and is ending, come to its end: ``status`` is known then."""
+        if self._launched is not None:
+            self._launched.end()
+
     @property
     def stats(self) -> ProcessStats:
         """What was counted so far."""
@@ -138,7 +150,10 @@ class ProcessMemory:
             raise TargetGoneError(f"process {self.pid} executes one program after the other, or is ending", pid=self.pid)
 
     def read(self, slot: int, pages: ArrayLike, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        """Return the contents of ``pages`` as uint8[k, page_size], in ``out`` if it is given. What is not mapped reads as zeros."""
+        """Return the contents of ``pages`` as uint8[k, page_size], in ``out`` if it is given. What is not mapped reads as zeros.
+
+        Of port compare, while it logs, what was compared at the last get.
+        """
         memslot = self.slots[slot]
         offsets = checked_pages(pages, memslot.npages)
         shape = (len(offsets), memslot.page_size)
@@ -146,10 +161,27 @@ class ProcessMemory:
             raise InvalidArgumentError(
                 f"an array of shape {out.shape} for {len(offsets)} pages: it must be uint8{shape}, contiguous"
             )
+        if isinstance(self._port, ComparePort) and (compared := self._port.compared(memslot)) is not None:
+            return np.take(compared, offsets, axis=0, out=out, mode="clip")
         contents = np.empty(shape, np.uint8) if out is None else out
-        if len(offsets):
-            read_runs(self.pid, runs_of(offsets, memslot.host_address, memslot.page_size), contents.reshape(-1))
+        # Where nothing was mapped at the last look, not what has been mapped since: the next get reports that, but not what comes
+        # and goes until then.
+        there = np.ones(len(offsets), np.bool_)
+        for start, end in self._follows.holes(memslot):
+            first, after = ((address - memslot.host_address) // memslot.page_size for address in (start, end))
+            there &= (offsets < first) | (offsets >= after)
+        if there.all():
+            self._read(memslot, offsets, contents)
+        else:
+            contents[:] = 0
+            part = np.empty((int(np.count_nonzero(there)), memslot.page_size), np.uint8)
+            self._read(memslot, offsets[there], part)
+            contents[there] = part
         return contents
+
+    def _read(self, slot: MemorySlot, offsets: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        if len(offsets):
+            read_runs(self.pid, runs_of(offsets, slot.host_address, slot.page_size), out.reshape(-1))
 
     def write(self, slot: int, pages: ArrayLike, data: ArrayLike) -> None:
         """Write uint8[k, page_size] to ``pages``; the kernel logs that as it logs the process's own writes."""
@@ -275,8 +307,9 @@ class ProcessMemory:
         self._programs += 1
 
     def _leave_space(self) -> None:
-        if self._space is not None:
-            self._space.close()
+        space, self._space = self._space, None
+        if space is not None:
+            space.close()
 
 
 def _open_process(pid: int) -> int:
@@ -284,9 +317,11 @@ def _open_process(pid: int) -> int:
         raise InvalidArgumentError(f"{pid} is this process", pid=pid, remedy="use dirtylog.track for memory of its own")
     try:
         return os.pidfd_open(pid)
+    except OverflowError as error:
+        raise InvalidArgumentError(f"{pid} is not a process id: it is too large") from error
     except OSError as error:
-        if error.errno == errno.EINVAL and pid > 0:
+        if pid > 0 and Path(f"/proc/{pid}").exists() and not Path(f"/proc/{pid}/task/{pid}").exists():
             raise InvalidArgumentError(f"{pid} is a thread, not a process", pid=pid, remedy="name its process (Tgid)") from error
-        if error.errno in (errno.EINVAL, errno.EOVERFLOW):
+        if error.errno == errno.EINVAL:
             raise InvalidArgumentError(f"{pid} is not a process id", pid=pid) from error
         raise TargetGoneError(f"there is no process {pid}", pid=pid) from error

@@ -32,6 +32,7 @@ class ProcessPort(UffdPort):
         return error
 
     def _cannot_arm(self, watch: Watch, error: DirtyLogError) -> None:  # noqa: ARG002 - it was unmapped or mapped anew just now
+        self._check_alive()
         self.mark_all(watch)
 
     def _address_space_gone(self) -> None:

@@ -10,7 +10,7 @@ from dirtylog.compare import ComparePort
 from dirtylog.errors import CoverageLostError
 from dirtylog.linux.mappings import Mapping, PageSizes, read_mappings
 from dirtylog.linux.pins import NO_PINS, Pins, pins_of
-from dirtylog.linux.placement import Kind, Piece, Placed, plan
+from dirtylog.linux.placement import Kind, Piece, Placed, Span, plan
 from dirtylog.linux.preflight import runs_without_first
 from dirtylog.linux.uffd_port import UffdPort
 from dirtylog.log import stop_logging
@@ -59,7 +59,7 @@ class ProcessSlots:
                 reason="the kernel shows its memory no longer by its number, and what they write is not seen",
             )
         mappings = [one for one in found if not one.of_the_kernel and one in self._selection]
-        self._pins = pins_of(self._pid)
+        before, self._pins = self._pins, pins_of(self._pid)
         todo = plan(self.placed, mappings)
         added, skipped = self._make_slots(todo.pieces, port)
         self.placed = sorted((*todo.keep, *added), key=lambda one: one.start)
@@ -67,12 +67,17 @@ class ProcessSlots:
         self._settle(memory)
         self._mark_holes(todo.keep, port)
         if isinstance(port, UffdPort):
-            self._mark_pins(port)
+            # Those of the time before once more: the last that came into them may have come after the get.
+            self._mark_pins(port, (*before.ranges, *self._pins.ranges))
 
     def forget(self, memory: Memory) -> None:
         """Drop every slot."""
         self.placed = []
         self._settle(memory)
+
+    def holes(self, slot: MemorySlot) -> tuple[Span, ...]:
+        """Return where in a slot nothing was mapped at the last look."""
+        return next((one.holes for one in self.placed if one.slot is slot and one.holes), ())
 
     def gaps(self, port: ProcessPort | SoftDirtyPort | ComparePort) -> Iterator[str]:
         """Yield why writes may have been missed."""
@@ -135,9 +140,9 @@ class ProcessSlots:
                     if one.slot.dirty_bitmap is not None:
                         one.slot.dirty_bitmap.merge(_words(one.slot, one.holes))
 
-    def _mark_pins(self, port: UffdPort) -> None:
+    def _mark_pins(self, port: UffdPort, pinned: Iterable[tuple[int, int]]) -> None:
         """Count what is pinned for a device as written at every get."""
-        spans = sorted((address, address + nbytes) for address, nbytes in self._pins.ranges)
+        spans = sorted((address, address + nbytes) for address, nbytes in pinned)
         port.always = {}
         for one in self.placed if spans else ():
             inside = [(max(start, one.start), min(end, one.end)) for start, end in spans if start < one.end and one.start < end]

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=Struct)
 
-WALL = 0x40000000
-"""Of waitpid: threads too, which are no children."""
+WAIT = 0x40000000 | 0x20000000
+"""__WALL and __WNOTHREAD, of waitpid: threads that are no children, but only this thread's: no other's stops are taken away."""
 _EVENT_STOP = 128
 _SIGINFO_BYTES = 128
 _SYSCALL_SIGNAL = signal.SIGTRAP | 0x80
@@ -157,7 +157,7 @@ class Tracee:
         began = time.monotonic()
         while True:
             try:
-                tid, status = os.waitpid(self.tid, os.WNOHANG | WALL)
+                tid, status = os.waitpid(self.tid, os.WNOHANG | WAIT)
             except ChildProcessError as error:
                 raise TargetGoneError(f"process {self.pid} is gone", pid=self.pid) from error
             if tid:

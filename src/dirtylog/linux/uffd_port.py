@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from dirtylog.bitmap import DirtyBitmap
-from dirtylog.errors import AccessDeniedError, DirtyLogError, InvalidArgumentError, TargetGoneError
+from dirtylog.errors import AccessDeniedError, DirtyLogError, TargetGoneError
 from dirtylog.linux import abi
 from dirtylog.linux.abi import Category
 from dirtylog.linux.holes import words_in_holes
@@ -82,9 +82,12 @@ class UffdPort(SyncPort):
             scanner.settle(self._deliver_anywhere)
             self._watched[slot] = watch
             try:
-                uffd.register(watch.start, slot.nbytes)
+                if self._neighbours(watch):
+                    uffd.register(watch.start, slot.nbytes)
+                else:
+                    _register_afresh(uffd, watch.start, watch.end)
                 self._arm(watch, scanner)
-            except (AccessDeniedError, InvalidArgumentError) as error:
+            except DirtyLogError as error:
                 scanner.settle(self._deliver_anywhere)
                 self._cannot_arm(watch, error)
 
@@ -196,9 +199,8 @@ class UffdPort(SyncPort):
         if watch.slot.anonymous:
             # First what is there; then, if the holes are to be armed too, what has come to be there meanwhile.
             scanner.take(watch.start, watch.end, note, anyof=POPULATED, returned=returned)
-            if self._neighbours(watch):
-                # What they have armed was not written since, and is there all the same.
-                scanner.populated(watch.start, watch.end, lambda regions: there.append(watch.words(regions)))
+            # What a neighbour has armed, or a slot before this one, was not written since, and is there all the same.
+            scanner.populated(watch.start, watch.end, lambda regions: there.append(watch.words(regions)))
             if self._is_sparse(watch.slot, sum(int(np.bitwise_count(words.values).sum()) for words in there)):
                 watch.populated = DirtyBitmap(watch.slot.npages)
             else:
@@ -222,10 +224,15 @@ class UffdPort(SyncPort):
             scanner.take(watch.start, watch.end, deliver, careful=watch.careful)
             return
         scanner.take(watch.start, watch.end, deliver, anyof=POPULATED)
-        scanner.holes(watch.start, watch.end, lambda regions: self._discarded(watch, regions))
+        gone: list[DirtyWords] = []
+        scanner.holes(watch.start, watch.end, lambda regions: self._discarded(watch, regions, gone))
+        for words in gone:
+            # They are armed as they are: should they come, and be discarded again before the next scan, they are holes again.
+            for region in watch.regions(words):
+                scanner.take(int(region["start"]), int(region["end"]), deliver)
 
-    def _discarded(self, watch: Watch, holes: NDArray[np.void]) -> None:
-        """Report the pages that were there before and lie in holes now."""
+    def _discarded(self, watch: Watch, holes: NDArray[np.void], found: list[DirtyWords]) -> None:
+        """Report the pages that had an entry before and lie in holes now."""
         populated = watch.populated
         if populated is None:
             return
@@ -236,19 +243,19 @@ class UffdPort(SyncPort):
             watch.mark(gone)
             for neighbour in self._neighbours(watch):
                 neighbour.deliver(watch.regions(gone))
-            watch.populated = populated - DirtyBitmap.from_words(watch.slot.npages, gone)
+            found.append(gone)
 
     def _watch_anew(self, watch: Watch, scanner: Scanner) -> None:
-        """Register a slot again, part of which was mapped anew; what has just been registered counts as written."""
+        """Register a slot again, part of which was mapped anew or moved: all that it holds counts as written."""
         scanner.settle(self._deliver_anywhere)
         watch.careful = True
-        watch.new = watch.populated is not None
+        watch.new = True
         try:
-            self._descriptors()[0].register(watch.start, watch.end - watch.start)
+            _register_afresh(self._descriptors()[0], watch.start, watch.end)
             self._take(watch, scanner)
-            if watch.new:
+            if watch.populated is not None:
                 self._mark_foreign(watch)
-                watch.new = False
+            watch.new = False
         except DirtyLogError:
             # It is being mapped right now, or somebody else watches it: until that ends every get reports all of it.
             scanner.settle(self._deliver_anywhere)
@@ -276,6 +283,17 @@ class UffdPort(SyncPort):
         """Deliver what an earlier scan left, to whichever slots it belongs."""
         for watch in self._watched.values():
             watch.deliver(regions)
+
+
+def _register_afresh(uffd: Userfaultfd, start: int, end: int) -> None:
+    """Register memory without any mark on it: all that is there counts as written.
+
+    Where the kernel makes one mapping of several after a move (mremap) it drops their watch, but not the marks: stores do not clear
+    these then, nor would they after another registration. Letting go of memory does.
+    """
+    uffd.register(start, end - start)
+    unregister(uffd, start, end)
+    uffd.register(start, end - start)
 
 
 def unregister(uffd: Userfaultfd, start: int, end: int) -> None:
