@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check format bench guests clean
+.PHONY: demo test soak check format bench guests clean
 
 demo: $(VENV)/.run
 	$(BIN)/dirtylog demo --force --output demo.png
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# Ten million page reports of a process that churns, and of buffers of this process, against copies; some minutes.
+soak: $(VENV)/.dev
+	$(BIN)/python tests/soak_processes.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --diff .

@@ -23,9 +23,9 @@ import errno
 import os
 import signal
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
 
 from dirtylog.errors import AccessDeniedError, DirtyLogError, TargetGoneError, UnsupportedError
 from dirtylog.linux import abi
@@ -118,11 +118,17 @@ def _inject(pid: int, architecture: Architecture[Any]) -> Userfaultfd:
         code = find_code(pid, architecture, memory)
         for _ in range(_ATTEMPTS):
             for tid in threads_by_preference(pid, architecture):
+                window: CallWindow[Any] | None = None
                 try:
                     with _seized(pid, tid, options, has_filter=status.seccomp) as tracee:
-                        return take_userfaultfd(CallWindow(tracee, architecture, code))
+                        window = CallWindow(tracee, architecture, code)
+                        return take_userfaultfd(window)
                 except _TryAnotherError as error:
                     reason = str(error)
+                except BaseException:
+                    if window is not None and window.left is not None:
+                        _close_left(window, options, has_filter=status.seccomp)
+                    raise
     raise UnsupportedError(f"no thread of process {pid} can take a system call", pid=pid, reason=reason, remedy="try again")
 
 
@@ -137,10 +143,10 @@ def find_code(pid: int, architecture: Architecture[Any], memory: int, *, begun: 
     for mapping in sorted(texts, key=lambda one: "libc" not in one.name):
         text = os.pread(memory, mapping.end - mapping.start, mapping.start)
         for code in (architecture.syscall_code, architecture.sigreturn_code):
-            offset = text.find(code)
+            offset = _place(text, code, architecture.alignment)
             if offset >= 0:
                 found.setdefault(code, mapping.start + offset)
-        if not begun and (offset := text.find(architecture.syscall_instruction)) >= 0:
+        if not begun and (offset := _place(text, architecture.syscall_instruction, architecture.alignment)) >= 0:
             return Code(memory, Gadgets(mapping.start + offset, 0), mappings)
         if len(found) == len(Gadgets._fields):
             return Code(memory, Gadgets(found[architecture.syscall_code], found[architecture.sigreturn_code]), mappings)
@@ -150,6 +156,14 @@ def find_code(pid: int, architecture: Architecture[Any], memory: int, *, begun: 
         reason="no system call, or no return from a signal handler, was found in it",
         remedy="let it run dirtylog.agent, or use port compare",
     )
+
+
+def _place(text: bytes, code: bytes, alignment: int) -> int:
+    """Return the offset of code, or -1. Bytes like it may lie across two instructions."""
+    offset = text.find(code)
+    while offset >= 0 and offset % alignment:
+        offset = text.find(code, offset + 1)
+    return offset
 
 
 @contextmanager
@@ -198,9 +212,11 @@ class CallWindow(Generic[R]):
     def __init__(self, tracee: Tracee, architecture: Architecture[R], code: Code, *, self_restoring: bool = True) -> None:
         self.tracee = tracee
         self.architecture = architecture
-        self._code = code
+        self.code = code
+        self.left: int | None = None
+        """A descriptor that has been made in the target and is not closed there yet."""
         self._self_restoring = self_restoring
-        self._saved: R = architecture.save(tracee)
+        self._saved: R = architecture.settle(tracee, architecture.save(tracee), code.memory)
         self._mask = tracee.signal_mask()
         self._frame: Frame | None = None
         self._below = b""
@@ -212,20 +228,20 @@ class CallWindow(Generic[R]):
         if number in architecture.interruptible and result == -errno.EINTR and not has_signal(tracee):
             architecture.again(self._saved)
         if self._self_restoring:
-            frame = architecture.frame(tracee, self._saved, self._mask, self._code.gadgets)
+            frame = architecture.frame(tracee, self._saved, self._mask, self.code.gadgets)
             self._check_stack(frame)
-            self._below = os.pread(self._code.memory, len(frame.data), frame.address)
-            os.pwrite(self._code.memory, frame.data, frame.address)
+            self._below = os.pread(self.code.memory, len(frame.data), frame.address)
+            os.pwrite(self.code.memory, frame.data, frame.address)
             self._frame = frame
         # If we die right here, it closes nothing, and goes on.
-        architecture.restore(tracee, architecture.call(self._saved, self._code.gadgets, self._frame, architecture.close, -1))
+        architecture.restore(tracee, architecture.call(self._saved, self.code.gadgets, self._frame, architecture.close, -1))
         tracee.set_signal_mask(ALL_SIGNALS)
         return self
 
     def call(self, number: int, argument: int) -> int:
         """Make a system call in the thread, and return its result."""
         tracee, architecture = self.tracee, self.architecture
-        architecture.restore(tracee, architecture.call(self._saved, self._code.gadgets, self._frame, number, argument))
+        architecture.restore(tracee, architecture.call(self._saved, self.code.gadgets, self._frame, number, argument))
         tracee.wait_for(Event.SYSCALL, Request.SYSCALL)
         tracee.wait_for(Event.SYSCALL, Request.SYSCALL)
         return architecture.result(architecture.save(tracee))
@@ -237,7 +253,8 @@ class CallWindow(Generic[R]):
         tracee.set_signal_mask(self._mask)
         self.architecture.restore(tracee, self._saved)
         if self._frame is not None:
-            os.pwrite(self._code.memory, self._below, self._frame.address)
+            os.pwrite(self.code.memory, self._below, self._frame.address)
+        self.architecture.release(tracee, self._saved, self.code.memory, self._mask)
 
     def _check(self) -> None:
         tracee, counter = self.tracee, self.architecture.program_counter(self._saved)
@@ -248,13 +265,13 @@ class CallWindow(Generic[R]):
         if dispatch is not None and dispatch.mode:
             raise _TryAnotherError(f"thread {tracee.tid} handles system calls itself (syscall user dispatch)")
         rseq = tracee.configuration(Request.GET_RSEQ_CONFIGURATION, RseqConfiguration)
-        if rseq is not None and rseq.rseq_abi_pointer and _in_critical_section(self._code.memory, rseq.rseq_abi_pointer, counter):
+        if rseq is not None and rseq.rseq_abi_pointer and _in_critical_section(self.code.memory, rseq.rseq_abi_pointer, counter):
             raise _TryAnotherError(f"thread {tracee.tid} is in a restartable sequence")
 
     def _check_stack(self, frame: Frame) -> None:
         top = self.architecture.stack_pointer(self._saved)
         # As they were a moment ago: to read them anew would lengthen the stop, and is done where a stack has grown meanwhile.
-        if not _has_room(self._code.mappings, frame.address, top) and not _has_room(
+        if not _has_room(self.code.mappings, frame.address, top) and not _has_room(
             read_mappings(self.tracee.pid), frame.address, top
         ):
             raise _TryAnotherError(f"thread {self.tracee.tid} has no room on its stack for a signal frame")
@@ -270,18 +287,37 @@ def take_userfaultfd(window: CallWindow[Any]) -> Userfaultfd:
     It must be closed there before anything is registered: else the registration would outlive us.
     """
     pid, architecture = window.tracee.pid, window.architecture
-    with window:
-        fd = window.call(architecture.userfaultfd, FLAGS)
-        if fd < 0:
-            raise _refused(pid, -fd)
-        try:
-            copy = _copy_of(pid, fd)
-        finally:
-            window.call(architecture.close, fd)
-    return Userfaultfd(copy)
+    uffd: Userfaultfd | None = None
+    try:
+        with window:
+            fd = window.call(architecture.userfaultfd, FLAGS)
+            if fd < 0:
+                _raise_refused(pid, -fd)
+            window.left = fd
+            uffd = Userfaultfd(_copy_of(pid, fd))
+            closed = window.call(architecture.close, fd)
+            if closed < 0:
+                _raise_refused(pid, -closed)
+            window.left = None
+    except BaseException:
+        if uffd is not None:
+            uffd.close()
+        raise
+    return uffd
 
 
-def _refused(pid: int, code: int) -> DirtyLogError:
+def _close_left(window: CallWindow[Any], options: Option, *, has_filter: bool) -> None:
+    """Close what a failure has left in the target, by a second call; if that fails too, it is a descriptor that watches nothing."""
+    pid, architecture = window.tracee.pid, window.architecture
+    with suppress(DirtyLogError, OSError, _TryAnotherError):
+        for tid in threads_by_preference(pid, architecture)[:1]:
+            with _seized(pid, tid, options, has_filter=has_filter) as tracee:
+                again = CallWindow(tracee, architecture, window.code)
+                with again:
+                    again.call(architecture.close, window.left or -1)
+
+
+def _raise_refused(pid: int, code: int) -> NoReturn:
     name = errno.errorcode.get(code, str(code))
     remedies = {
         errno.EMFILE: "it has as many open files as it may: raise its RLIMIT_NOFILE (prlimit --nofile)",
@@ -289,7 +325,7 @@ def _refused(pid: int, code: int) -> DirtyLogError:
         errno.ENOSYS: "the kernel has none: use Linux 6.7 or later, or port compare",
     }
     kind = AccessDeniedError if code == errno.EPERM else UnsupportedError
-    return kind(f"process {pid} can have no userfaultfd", errno=code, pid=pid, reason=name, remedy=remedies.get(code))
+    raise kind(f"process {pid} can have no userfaultfd", errno=code, pid=pid, reason=name, remedy=remedies.get(code))
 
 
 def _copy_of(pid: int, fd: int) -> int:

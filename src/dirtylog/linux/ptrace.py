@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from dirtylog.errors import AccessDeniedError, DirtyLogError, TargetGoneError
@@ -88,6 +89,15 @@ class Stop(NamedTuple):
     signal: int
 
 
+class SystemCall(NamedTuple):
+    """A system call in which a thread sleeps: what /proc/PID/task/TID/syscall says."""
+
+    number: int
+    arguments: tuple[int, ...]
+    stack_pointer: int
+    program_counter: int
+
+
 @struct(24)
 class RseqConfiguration(Struct):
     """ptrace_rseq_configuration."""
@@ -133,6 +143,9 @@ class Tracee:
         self.tid = tid
         self.held: list[int] = []
         """Signals that could not be let through: they are sent again after the detach."""
+        self._runs = False
+        self.slept_in: SystemCall | None = None
+        """The system call in which it slept before it was stopped: afterwards its registers may not tell."""
         try:
             ptrace(Request.SEIZE, tid, 0, options)
         except OSError as error:
@@ -146,9 +159,19 @@ class Tracee:
         """Let it run: CONT, SYSCALL (to the next boundary of a system call) or LISTEN (in a group stop)."""
         self._ask(request, data=sig)
 
+    def let_run(self) -> None:
+        """Let it run for good. The kernel lets it go when this thread ends, for then it is not stopped again.
+
+        A detach makes a thread look whether it has signals, which ends the system call that it has just entered.
+        """
+        self.set_options(Option.NONE)
+        self.resume()
+        self._runs = True
+
     def detach(self) -> None:
         """Let it go, and send it the signals that were held."""
-        self._ask(Request.DETACH)
+        if not self._runs:
+            self._ask(Request.DETACH)
         for sig in self.held:
             os.kill(self.pid, sig)
 
@@ -195,6 +218,7 @@ class Tracee:
 
         In a job-control stop it stands already, and goes back to it when it is let go.
         """
+        self.slept_in = _sleeps_in(self.pid, self.tid)
         self.interrupt()
         while (stop := self.wait()).event not in (Event.TRAP, Event.GROUP):
             self.resume(sig=stop.signal if stop.event is Event.SIGNAL else 0)
@@ -274,6 +298,17 @@ ATTACH_REMEDY = (
     "be root or have CAP_SYS_PTRACE; as the same user, kernel.yama.ptrace_scope must be 0; in a container add --cap-add "
     "SYS_PTRACE; or let the program run dirtylog.agent"
 )
+
+
+def _sleeps_in(pid: int, tid: int) -> SystemCall | None:
+    try:
+        words = Path(f"/proc/{pid}/task/{tid}/syscall").read_text(encoding="ascii").split()
+    except OSError:
+        return None
+    if len(words) != len(("number", *range(6), "sp", "pc")):  # it runs, or sleeps for another reason
+        return None
+    *arguments, stack_pointer, program_counter = (int(word, 16) for word in words[1:])
+    return SystemCall(int(words[0]), tuple(arguments), stack_pointer, program_counter)
 
 
 def stop_of(status: int) -> Stop:

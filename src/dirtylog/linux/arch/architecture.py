@@ -39,6 +39,8 @@ class Architecture(ABC, Generic[R]):
     """A system call, followed by a return from the function."""
     sigreturn_code: ClassVar[bytes]
     """What the C library has a signal handler return to."""
+    alignment: ClassVar[int] = 1
+    """Of an instruction, in bytes."""
     userfaultfd: ClassVar[int]
     close: ClassVar[int]
     tgkill: ClassVar[int]
@@ -74,6 +76,17 @@ class Architecture(ABC, Generic[R]):
     @abstractmethod
     def again(self, registers: R) -> None:
         """Change registers after a system call so that it is made again."""
+
+    def settle(self, tracee: Tracee, registers: R, memory: int) -> R:  # noqa: ARG002 - for those whose registers tell less
+        """Return registers of a thread that has just been stopped, with which it can be put back without a loss.
+
+        Where they do not tell all, the thread may have to run a little, and be stopped again. ``memory`` is a descriptor of its
+        process's memory.
+        """
+        return registers
+
+    def release(self, tracee: Tracee, registers: R, memory: int, mask: int) -> None:
+        """Have a thread that has been put back go on to where the kernel, too, knows of it what it knew before."""
 
     @abstractmethod
     def frame(self, tracee: Tracee, registers: R, mask: int, gadgets: Gadgets) -> Frame:

@@ -10,9 +10,13 @@ What differs from x86_64, from the same file and from arch/arm64/kernel/{ptrace,
 * A thread that is stopped in a system call has been set back to its instruction *before* the debugger sees it: do_signal puts the
   first argument back into x0, goes back to the ``svc``, and calls it no system call any more. So the registers are all that it
   takes to make the call again, and nothing in them tells that it was interrupted.
-* What do_signal knows besides is lost when the thread leaves it for our call. A sleep with a time limit (nanosleep,
-  clock_nanosleep, futex) begins anew. A call that the stop has ended with EINTR (epoll_pwait) has lost its first argument, so it
-  ends. A signal that comes meanwhile no longer ends the call that was interrupted: after its handler that is made again.
+* What do_signal knows besides is lost when the thread leaves it for our call, so it is found out, and made up for:
+  - A call that the stop has ended with EINTR (epoll_pwait) has lost its first argument: it is the one with which the thread was
+    seen asleep before the stop.
+  - Whether a sleep with a time limit is continued the kernel says when the thread goes on: then it enters restart_syscall. So it
+    goes on as far as that, and is stopped again.
+  - A signal that comes meanwhile may have to end the call that was interrupted. So at the end the thread goes on into that call,
+    with the signals blocked that come on the way, and finds them there.
 * A system call discards SVE's registers beyond the 128 bits that are SIMD's. They are live in a thread that has used them since
   its last system call, as the C library's memcpy does: then they are put back with the general registers, and have a record.
 * A system call leaves ZA, ZT0, TPIDR2 and FPMR as they are, and so does a frame without a record of them.
@@ -25,16 +29,21 @@ on no real machine. SME, permission overlays and guarded control stacks have bee
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
+import os
+import signal
 import struct as packing
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from dirtylog.errors import UnsupportedError
 from dirtylog.linux.arch.architecture import Architecture, Frame, Gadgets
 from dirtylog.linux.layout import U16, U32, U64, Struct, offset_of, struct
+from dirtylog.linux.ptrace import ALL_SIGNALS, Event, Request
 
 if TYPE_CHECKING:
-    from dirtylog.linux.ptrace import Tracee
+    from dirtylog.linux.ptrace import SystemCall, Tracee
 
 # include/uapi/linux/elf.h
 _NT_PRSTATUS = 1
@@ -65,6 +74,9 @@ _NO_ALTSTACK = 7  # neither SS_ONSTACK nor SS_DISABLE: the kernel refuses it, an
 _SHADOW_STACK_ENABLE = 1  # include/uapi/linux/prctl.h
 _NUMBER = 8
 _LINK = 30
+_SVC, _SVC_MASK, _SVC_BYTES = 0xD4000001, 0xFFE0001F, 4
+# futex, nanosleep, clock_nanosleep: which restart_syscall continues
+_CONTINUED = frozenset({98, 101, 115})
 
 
 @struct(272)
@@ -95,7 +107,7 @@ class SveRegs(Struct):
         return bool(self.flags & _SVE_PT_REGS_SVE)
 
 
-@struct(9048)
+@struct(9064)
 class ThreadRegs(Struct):
     """The registers that a system call changes, and what must not be, lest there be none."""
 
@@ -103,6 +115,9 @@ class ThreadRegs(Struct):
     sve: SveRegs
     streaming: U32
     guarded: U32
+    number: U64
+    """Of the system call in which the thread slept and that has ended, or -1; ``first`` was its first argument."""
+    first: U64
 
 
 class Arm64(Architecture[ThreadRegs]):
@@ -117,12 +132,21 @@ class Arm64(Architecture[ThreadRegs]):
     tgkill = 131
     # read, pselect6, ppoll, waitid, futex, nanosleep, clock_nanosleep, rt_sigsuspend, wait4
     restartable: ClassVar[frozenset[int]] = frozenset({63, 72, 73, 95, 98, 101, 115, 133, 260})
-    interruptible: ClassVar[frozenset[int]] = frozenset()
+    # With a timeout: read, write, readv, writev, accept, sendto, recvfrom, sendmsg, recvmsg, accept4, recvmmsg, sendmmsg; and ever:
+    # semop, rt_sigtimedwait, io_getevents, semtimedop, epoll_pwait, io_pgetevents, io_uring_enter, epoll_pwait2
+    interruptible: ClassVar[frozenset[int]] = frozenset(
+        {63, 64, 65, 66, 202, 206, 207, 211, 212, 242, 243, 269, 193, 137, 4, 192, 22, 292, 426, 441}
+    )
+    alignment = 4
 
     def save(self, tracee: Tracee) -> ThreadRegs:
         """Return the general registers, and SVE's."""
+        general = tracee.registers(UserRegs, _NT_PRSTATUS)
+        number, first = _ended_call(general, tracee.slept_in)
         return ThreadRegs(
-            general=tracee.registers(UserRegs, _NT_PRSTATUS),
+            general=general,
+            number=number,
+            first=first,
             sve=_vectors(tracee.raw_registers(_NT_ARM_SVE, ctypes.sizeof(SveRegs))),
             streaming=_vectors(tracee.raw_registers(_NT_ARM_SSVE, offset_of(SveRegs, "data"))).live,
             guarded=int.from_bytes(tracee.raw_registers(_NT_ARM_GCS, 24)[:8], "little") & _SHADOW_STACK_ENABLE,
@@ -156,11 +180,44 @@ class Arm64(Architecture[ThreadRegs]):
         return registers.general.sp
 
     def interrupted(self, registers: ThreadRegs) -> tuple[int, int]:
-        """Return -1: the registers do not tell."""
-        return -1, self.result(registers)
+        """Return the system call in which it was seen asleep, if it has just returned from it."""
+        return ctypes.c_int64(registers.number).value, self.result(registers)
 
     def again(self, registers: ThreadRegs) -> None:
-        """Do nothing: the kernel has done it, or it cannot be done."""
+        """Go back to the instruction, with the argument that the result has replaced."""
+        registers.general.x[0] = registers.first
+        registers.general.pc -= _SVC_BYTES
+
+    def settle(self, tracee: Tracee, registers: ThreadRegs, memory: int) -> ThreadRegs:
+        """Find out whether a sleep is continued: if so, the registers to put back are those of restart_syscall."""
+        if registers.general.x[_NUMBER] not in _CONTINUED or not _before_a_call(registers, memory):
+            return registers
+        tracee.resume(Request.SYSCALL)
+        stop = tracee.wait()
+        tracee.interrupt()
+        while stop.event is not Event.TRAP:
+            tracee.resume(sig=stop.signal if stop.event is Event.SIGNAL else 0)
+            stop = tracee.wait()
+        return self.save(tracee)
+
+    def release(self, tracee: Tracee, registers: ThreadRegs, memory: int, mask: int) -> None:
+        """Have it enter its system call. A signal that comes before is blocked: the kernel puts it back, and it ends the call.
+
+        (A signal that is blocked when a debugger lets it through is queued again: ptrace_signal in kernel/signal.c.)
+        """
+        if not _before_a_call(registers, memory):
+            return
+        tracee.resume(Request.SYSCALL)
+        while (stop := tracee.wait()).event is not Event.SYSCALL:
+            sig = 0
+            if stop.event is Event.SIGNAL and stop.signal == signal.SIGSTOP:
+                tracee.held.append(stop.signal)
+            elif stop.event is Event.SIGNAL:
+                tracee.set_signal_mask(ALL_SIGNALS)
+                sig = stop.signal
+            tracee.resume(Request.SYSCALL, sig)
+        tracee.set_signal_mask(mask)
+        tracee.let_run()
 
     def frame(self, tracee: Tracee, registers: ThreadRegs, mask: int, gadgets: Gadgets) -> Frame:
         """Lay it right below the stack pointer, as far as sigreturn reads: up to the null record behind the last one.
@@ -189,7 +246,7 @@ class Arm64(Architecture[ThreadRegs]):
 
     def call(self, registers: ThreadRegs, gadgets: Gadgets, frame: Frame | None, number: int, argument: int) -> ThreadRegs:
         """Point pc at the gadget, sp at the frame, and the link register, to which the gadget returns, at sigreturn."""
-        calling = ThreadRegs(general=registers.general)
+        calling = ThreadRegs(general=registers.general, number=-1)
         general = calling.general
         general.pc = gadgets.syscall
         general.x[_NUMBER], general.x[0], general.x[_LINK] = number, argument % (1 << 64), gadgets.sigreturn
@@ -201,6 +258,22 @@ class Arm64(Architecture[ThreadRegs]):
     def result(self, registers: ThreadRegs) -> int:
         """Return x0."""
         return ctypes.c_int64(registers.general.x[0]).value
+
+
+def _before_a_call(registers: ThreadRegs, memory: int) -> bool:
+    instruction = b""
+    with contextlib.suppress(OSError):
+        instruction = os.pread(memory, _SVC_BYTES, registers.general.pc)
+    return int.from_bytes(instruction, "little") & _SVC_MASK == _SVC
+
+
+def _ended_call(general: UserRegs, call: SystemCall | None) -> tuple[int, int]:
+    """Return the number and the first argument of the system call from which a thread has just returned with EINTR, or -1 and 0."""
+    if call is None or ctypes.c_int64(general.x[0]).value != -errno.EINTR:
+        return -1, 0
+    here = (general.x[_NUMBER], *general.x[1:6], general.sp, general.pc)
+    same = here == (call.number, *call.arguments[1:], call.stack_pointer, call.program_counter)
+    return (call.number, call.arguments[0]) if same else (-1, 0)
 
 
 def _vectors(regset: bytes) -> SveRegs:
