@@ -17,6 +17,7 @@ from dirtylog.linux import abi
 KINDS = ("heap", "stack", "anonymous", "file", "shared", "private", "writable")
 _KERNEL_NAMES = ("[vvar]", "[vvar_vclock]", "[vdso]", "[vsyscall]", "[uprobes]")
 _RANGE = re.compile(r"(0x[0-9a-fA-F]+)-(0x[0-9a-fA-F]+)")
+_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f:]+) (\d+) *(.*)", re.DOTALL | re.ASCII)
 _COVERING = 0x10  # PROCMAP_QUERY_COVERING_OR_NEXT_VMA
 
 
@@ -63,7 +64,7 @@ def read_mappings(pid: int | None = None) -> list[Mapping]:
     """Return the mappings of a process, ascending; none for one that has ended or is ending."""
     path = f"/proc/{pid or 'self'}/maps"
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+        text = Path(path).read_bytes().decode("utf-8", "surrogateescape")
     except (FileNotFoundError, ProcessLookupError) as error:
         raise TargetGoneError(f"there is no process {pid}", pid=pid) from error
     except PermissionError as error:
@@ -72,13 +73,16 @@ def read_mappings(pid: int | None = None) -> list[Mapping]:
         ) from error
     except OSError as error:
         raise DirtyLogError(f"cannot read {path}", errno=error.errno, pid=pid, reason=error.strerror) from error
-    return [_mapping(line) for line in text.splitlines()]
+    # By newlines alone, which the kernel escapes in names: these may have anything else in them.
+    return [_mapping(line) for line in text.split("\n") if line]
 
 
 def _mapping(line: str) -> Mapping:
-    span, permissions, offset, device, inode, *rest = line.split(maxsplit=5)
-    start, _, end = span.partition("-")
-    return Mapping(int(start, 16), int(end, 16), permissions, int(offset, 16), f"{device} {inode}", rest[0] if rest else "")
+    match = _LINE.fullmatch(line)
+    if match is None:
+        raise DirtyLogError(f"a line of maps that cannot be read: {line!r}")
+    start, end, permissions, offset, device, inode, name = match.groups()
+    return Mapping(int(start, 16), int(end, 16), permissions, int(offset, 16), f"{device} {inode}", name)
 
 
 class Selection:

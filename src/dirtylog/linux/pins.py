@@ -36,6 +36,7 @@ def pins_of(pid: int) -> Pins:
             ranges += _buffers(entry)
     except OSError:
         return Pins((), pinned)
+    ranges = sorted(set(ranges))  # a ring may have several descriptors
     return Pins(tuple(ranges), max(0, pinned - sum(_whole_pages(*one) for one in ranges)))
 
 

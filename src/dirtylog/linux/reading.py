@@ -32,6 +32,8 @@ def runs_of(pages: NDArray[np.int64], base: int, page_size: int) -> NDArray[np.u
 
     That is an array of struct iovec.
     """
+    if not len(pages):
+        return np.empty((0, 2), np.uint64)
     starts = np.flatnonzero(np.concatenate(([True], pages[1:] != pages[:-1] + 1)))
     runs = np.empty((len(starts), 2), np.uint64)
     runs[:, 0] = pages[starts] * page_size + base
