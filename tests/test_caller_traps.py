@@ -119,6 +119,9 @@ def lost_to_an_error() -> set[int]:
 
 
 def test_l2_what_an_error_leaves_in_the_vector_is_delivered(monkeypatch: Patch) -> None:
+    """Twice over: what is registered afresh has no marks at all."""
+    assert lost_to_an_error() == set()
+    monkeypatch.setattr("dirtylog.linux.uffd_port._register_afresh", lambda uffd, start, end: uffd.register(start, end - start))
     assert lost_to_an_error() == set()
     monkeypatch.setattr(Scanner, "settle", lambda _self, _deliver: None)
     assert lost_to_an_error() == ALTERNATE

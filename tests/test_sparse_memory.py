@@ -82,7 +82,7 @@ def test_what_is_not_there_is_neither_reported_nor_given_an_entry(nbytes: int) -
             assert written(log) == {1000}, "it was there, and reads as zeros now"
             assert written(log) == set()
             area.advise(DONTNEED)
-            assert written(log) == {0, 1, area.npages // 2, area.npages - 1}
+            assert written(log) == {0, 1, 1000, area.npages // 2, area.npages - 1}, "page 1000 may have come and gone again"
             area.store(1000)
             assert written(log) == {1000}
             assert status_kib("VmPTE") - before < 256

@@ -9,10 +9,13 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dirtylog.errors import AccessDeniedError, DirtyLogError, InvalidArgumentError, TargetGoneError
 from dirtylog.linux import abi
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 KINDS = ("heap", "stack", "anonymous", "file", "shared", "private", "writable")
 _KERNEL_NAMES = ("[vvar]", "[vvar_vclock]", "[vdso]", "[vsyscall]", "[uprobes]")
@@ -74,7 +77,18 @@ def read_mappings(pid: int | None = None) -> list[Mapping]:
     except OSError as error:
         raise DirtyLogError(f"cannot read {path}", errno=error.errno, pid=pid, reason=error.strerror) from error
     # By newlines alone, which the kernel escapes in names: these may have anything else in them.
-    return [_mapping(line) for line in text.split("\n") if line]
+    return _in_order(_mapping(line) for line in text.split("\n") if line)
+
+
+def _in_order(listed: Iterable[Mapping]) -> list[Mapping]:
+    """Return mappings that do not overlap: the kernel lists them in pieces, and one may grow into what was listed before."""
+    found: list[Mapping] = []
+    end = 0
+    for mapping in listed:
+        if mapping.end > end:
+            found.append(mapping if mapping.start >= end else mapping._replace(start=end))
+            end = mapping.end
+    return found
 
 
 def _mapping(line: str) -> Mapping:

@@ -47,7 +47,7 @@ class Placed:
     slot: MemorySlot
     kind: Kind
     holes: tuple[Span, ...] = ()
-    new_holes: bool = field(default=False, init=False)
+    changed: tuple[Span, ...] = field(default=(), init=False)
 
     @property
     def start(self) -> int:
@@ -100,7 +100,8 @@ def _update_holes(one: Placed, under: Sequence[Mapping]) -> None:
         cursor = mapping.end
     if cursor < one.end:
         holes.append(Span(cursor, one.end))
-    one.new_holes = bool(holes) and tuple(holes) != one.holes
+    # What was a hole counts as written as well: until now it was read as zeros, whatever had come there.
+    one.changed = (*one.holes, *holes) if tuple(holes) != one.holes else ()
     one.holes = tuple(holes)
     one.slot.permissions = under[0].permissions
 

@@ -135,10 +135,10 @@ class ProcessSlots:
     def _mark_holes(self, placed: Iterable[Placed], port: ProcessPort | SoftDirtyPort | ComparePort) -> None:
         """Count what has been unmapped in the middle of a slot as written: it reads as zeros now."""
         for one in placed:
-            if one.new_holes:
+            if one.changed:
                 with port.mmu_lock:
                     if one.slot.dirty_bitmap is not None:
-                        one.slot.dirty_bitmap.merge(_words(one.slot, one.holes))
+                        one.slot.dirty_bitmap.merge(_words(one.slot, one.changed))
 
     def _mark_pins(self, port: UffdPort, pinned: Iterable[tuple[int, int]]) -> None:
         """Count what is pinned for a device as written at every get."""
