@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test soak check format bench guests clean
+.PHONY: demo test test-long soak check format bench guests clean
 
 demo: $(VENV)/.run
 	$(BIN)/dirtylog demo --force --output demo.png
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# Also the tests of processes that are slow, or that other load upsets.
+test-long: $(VENV)/.dev
+	DIRTYLOG_LONG=1 $(BIN)/python -m pytest
 
 # Ten million page reports of a process that churns, and of buffers of this process, against copies; some minutes.
 soak: $(VENV)/.dev

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +15,14 @@ from kvm_here import missing_kvm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+LONG = (
+    *("test_agent.py", "test_agent_program.py", "test_cli_process_exits.py", "test_freezer.py", "test_injection_failures.py"),
+    *("test_injection_races.py", "test_injection_refused.py", "test_launch_signals.py", "test_launch_surroundings.py"),
+    *("test_process_left.py", "test_soft_dirty_port.py", "test_compare.py"),
+)
+"""Slow, and sensitive to other load: ``make test-long`` runs them."""
+collect_ignore = [] if os.environ.get("DIRTYLOG_LONG") else [str(Path(__file__).with_name(name)) for name in LONG]
 
 CROSS_TOOLS = ("aarch64", "arm", "mips", "powerpc", "powerpc64", "riscv64", "s390x", "x86_64")
 
