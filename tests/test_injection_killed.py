@@ -13,6 +13,7 @@ import pytest
 
 from dying_injector import Died, DyingInjector
 from injection_stages import FEWEST_STAGES
+from known_limits import known_limit
 from victims import EINTR_PRONE, Victim, Worker, descriptors_of, eventually, needs_root, needs_victims, tracer_of, watched_mappings
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ def test_deaths_at_random_moments_under_signals(injector: DyingInjector) -> None
     assert died >= 20
 
 
+@known_limit
 @needs_root
 @pytest.mark.parametrize("action", ["errno", "kill"])
 def test_a_death_does_not_let_a_seccomp_filter_loose_on_the_target(injector: DyingInjector, action: str) -> None:

@@ -119,7 +119,7 @@ def test_programs_that_execute_one_another_at_once() -> None:
         assert memory.status == 4
 
 
-@known_limit
+@pytest.mark.skip(reason="a limit that is known, and leaves a thread behind: docs/processes.md")
 def test_another_thread_executes_a_program() -> None:
     with command("store", "1", "sleep", "100", "thread-exec", "early", "store", "3", "sleep", "300", "store", "9") as (memory, log):
         found: set[int] = set()

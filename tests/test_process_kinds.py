@@ -127,7 +127,7 @@ def test_a_sparse_reservation_costs_what_is_there(puppet: Puppet) -> None:
         puppet.store(address, [1000, 1001])
         began = time.perf_counter()
         assert follow(log).at(address, npages) == {1000, 1001}
-        assert time.perf_counter() - began < 1.0
+        assert time.perf_counter() - began < 5.0
         puppet.advise(address + 900 * PAGE, 101, DONTNEED)
         assert follow(log).at(address, npages) == {1000}
         assert page_tables_kib(puppet.pid) - tables < 256
@@ -148,7 +148,7 @@ def test_a_reservation_larger_than_a_slot(puppet: Puppet) -> None:
         puppet.store(address, [middle, middle + 3])
         began = time.perf_counter()
         assert follow(log).at(address, npages) == {middle, middle + 3}
-        assert time.perf_counter() - began < 5.0
+        assert time.perf_counter() - began < 20.0
         puppet.unmap(address + 10 * TIB, 16)
         assert follow(log).at(address, npages) <= set(range(10 * TIB // PAGE, 10 * TIB // PAGE + 16))
         assert memory.incomplete == ()

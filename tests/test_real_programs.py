@@ -18,7 +18,6 @@ import pytest
 import dirtylog
 from dirtylog.linux.process import ProcessMemory
 from dirtylog.observe.rounds import rounds
-from known_limits import known_limit
 from shadows import Shadow
 from victims import needs_victims
 
@@ -76,7 +75,7 @@ def test_a_python_program(script: str, status: int) -> None:
     assert memory.status == status
 
 
-@known_limit
+@pytest.mark.skip(reason="a limit that is known, and leaves a thread behind: docs/processes.md")
 def test_a_python_program_whose_other_thread_executes_another() -> None:
     """From then on it is not traced: its end is not waited for, and comes as that of any process."""
     script = "import os, threading; threading.Thread(target=os.execv, args=('/bin/sh', ['sh', '-c', 'sleep 0.3; exit 9'])).start()"
