@@ -1,9 +1,10 @@
 """Injections that are killed: run as a program, it forks for each line that it reads, and the child makes one.
 
 A line is JSON: ``pid``, ``tid`` (the thread to choose), and either ``stage`` and ``after``: the child kills itself just before
-or just after its stage of that number; or ``delay``: it is killed after so many seconds; or none of them. ``spoil`` names what
-is wrong in the signal frame that it lays; ``signal`` is sent to the thread right before it is interrupted. The answer is JSON,
-too: ``signal`` that ended the child, or 0, ``exit``, and ``stage``, the name of where it was.
+or just after its stage of that number, or with ``pause`` waits there for so many seconds; or ``delay``: it is killed after so many
+seconds; or none of them. ``spoil`` names what is wrong in the signal frame that it lays; ``signal`` is sent to the thread right
+before it is interrupted. The answer is JSON, too: ``signal`` that ended the child, or 0, ``exit`` (1 for an error of dirtylog's, 2
+for any other), and ``stage``, the name of where it was, or that it hung.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from dirtylog import DirtyLogError
 from dirtylog.linux import injection
 from dirtylog.linux.arch import x86_64
 from injection_stages import Stages
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _TGKILL = 234
-_A_MOMENT = 0.003
+_A_MOMENT, _A_WHILE = 0.003, 0.0005
+_PATIENCE = 20.0
 
 
 class Died(NamedTuple):
@@ -73,7 +76,9 @@ def _die_at(order: dict[str, Any], report: int) -> Callable[[int, str, bool], No
             time.sleep(_A_MOMENT)  # until it has stopped to have the signal delivered
         if stage == number and done == after:
             os.write(report, f"{'after' if after else 'before'} {name}".encode())
-            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(order.get("pause", 0))
+            if "pause" not in order:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     return act
 
@@ -107,9 +112,11 @@ def _inject(order: dict[str, Any], report: int) -> int:
         Stages(_die_at(order, report))
     try:
         injection.inject_userfaultfd(order["pid"]).close()
+    except DirtyLogError:
+        return 1
     except BaseException:  # noqa: BLE001 - the parent sees the exit status, and who tests sees the traceback
         traceback.print_exc()
-        return 1
+        return 2
     return 0
 
 
@@ -118,11 +125,17 @@ def _obey(order: dict[str, Any]) -> Died:
     child = os.fork()
     if not child:
         os._exit(_inject(order, write))
-    os.close(write)
     if "delay" in order:
         time.sleep(order["delay"])
         os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
+    deadline = time.monotonic() + _PATIENCE
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.write(write, b", and it hangs")
+            os.kill(child, signal.SIGKILL)
+        time.sleep(_A_WHILE)
+    status = ended[1]
+    os.close(write)
     with open(read, "rb") as said:  # noqa: PTH123 - a descriptor
         stage = said.read().decode()
     code = os.waitstatus_to_exitcode(status)

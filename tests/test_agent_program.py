@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import dirtylog
-from agented import WITHOUT_AGENT, Agented
+from agented import WITHOUT_AGENT, Agented, written
 from dirtylog.linux.attach import Attached
 from dirtylog.linux.process import ProcessMemory
 from victims import needs_victims
@@ -103,4 +103,4 @@ def test_it_is_logged_through_its_agent(how: str, tmp_path: Path, monkeypatch: p
         with memory, dirtylog.DirtyLog(memory) as log:
             assert memory.attached is Attached.AGENT
             target.order("store(7)")
-            assert any(log.get(slot.id).count() == 1 for slot in memory.slots)
+            assert written(log, target) == {7}

@@ -16,7 +16,7 @@ from dirtylog.cli import main
 from dirtylog.linux.ptrace import Option, Tracee
 from dirtylog.linux.soft_dirty import missing_soft_dirty
 from known_limits import known_limit
-from victims import NOBODY, needs_root, needs_victims, state_of, threads_of
+from victims import NOBODY, descriptors_of, needs_root, needs_victims, state_of, threads_of
 from writers import (
     ARENA_MAP,
     SHARED_MAP,
@@ -213,13 +213,14 @@ def test_a_target_that_vanishes_exits_5_and_what_was_gathered_is_printed(port: s
             start("run", f"pid:{target.pid}", "--port", port, "--map", ARENA_MAP, *FOREVER, how) as process,
         ):
             if how == "--json":
-                time.sleep(2)
+                eventually(lambda: f"/proc/{target.pid}/pagemap" in descriptors_of(process.pid).values(), "it does not begin")
+                time.sleep(0.5)
             elif process.stdout is not None:
                 process.stdout.readline()
             target.kill()
             ran = finish(process)
             assert ran.status == 5
-            assert f"process {target.pid} " in ran.err
+            assert f"process {target.pid}" in ran.err
             if how == "--json":
                 assert ran.document["complete"] is False
                 assert ran.document["total"]["dirty_pages"] > 0

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -234,6 +235,9 @@ def test_a_process_killed_while_it_is_let_go(monkeypatch: pytest.MonkeyPatch, na
         return call(tracee, *arguments)
 
     with Victim("--single", "epoll_wait@60000") as victim, freezer_of(victim.pid) as freezer:
+        # Its registers are set, if it is stopped in this call.
+        call_of_it = Path(f"/proc/{victim.pid}/syscall")
+        eventually(lambda: call_of_it.read_text(encoding="ascii").startswith("232 "), "it does not wait")
         freezer.freeze()
         monkeypatch.setattr(Tracee, name, kill_and_call)
         freezer.thaw()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +19,7 @@ from dirtylog.linux.userfaultfd import Userfaultfd
 from injection_stages import FEWEST_STAGES, Stages, once
 from interrupts import interrupt
 from known_limits import known_limit
-from victims import Victim, descriptors_of, needs_victims, only_thread, same_descriptors, watched_mappings
+from victims import SOON, Victim, descriptors_of, needs_victims, only_thread, same_descriptors, watched_mappings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,15 +146,22 @@ def test_a_ctrl_c_while_the_other_thread_works(monkeypatch: pytest.MonkeyPatch, 
     """The interrupt comes out, but not before the other thread is done, whose descriptor is closed."""
     thread_class = injection.threading.Thread  # type: ignore[attr-defined]  # the name that the module looks up
     original = getattr(thread_class, when)
+    block_signals, begun = injection.block_signals, threading.Event()  # type: ignore[attr-defined]  # the name that the module looks up
 
     def interrupted(thread: Any) -> None:
         monkeypatch.setattr(thread_class, when, original)
         if when == "start":
             original(thread)
+        begun.set()
         raise KeyboardInterrupt
+
+    def block_signals_later() -> None:
+        begun.wait(SOON)
+        block_signals()
 
     with Victim("compute", "poll@3") as victim, same_descriptors(victim.pid):
         with same_descriptors(os.getpid()):
+            monkeypatch.setattr(injection, "block_signals", block_signals_later)
             monkeypatch.setattr(thread_class, when, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 inject_userfaultfd(victim.pid)

@@ -18,6 +18,7 @@ from dirtylog.linux import injection
 from dirtylog.linux.injection import inject_userfaultfd
 from dirtylog.linux.mappings import read_mappings
 from dirtylog.linux.ptrace import Tracee
+from dying_injector import DyingInjector
 from injection_stages import FEWEST_STAGES, Stages, once
 from victims import Victim, eventually, needs_victims, only_thread, program, same_descriptors, state_of, threads_of
 
@@ -190,7 +191,7 @@ def test_a_target_that_executes_a_program_before_it_is_stopped(monkeypatch: pyte
     find_code = injection.find_code
 
     def find_and_be_late(*arguments: Any, **named: Any) -> Any:
-        monkeypatch.undo()
+        patch.setattr(injection, "find_code", find_code)
         found = find_code(*arguments, **named)
         begun = read_mappings(victim.pid)[0].start
         victim.order(order)
@@ -198,21 +199,27 @@ def test_a_target_that_executes_a_program_before_it_is_stopped(monkeypatch: pyte
         return found
 
     with Victim("compute", "poll@5") as victim:
-        monkeypatch.setattr(injection, "find_code", find_and_be_late)
-        outcome(lambda: inject_userfaultfd(victim.pid))
+        with monkeypatch.context() as patch:
+            # Into the first thread: who executes waits until the tracer of any other has seen that end.
+            only_thread(patch, victim.pid)
+            patch.setattr(injection, "find_code", find_and_be_late)
+            outcome(lambda: inject_userfaultfd(victim.pid))
         victim.wait_until_ready()
         with same_descriptors(victim.pid):
             victim.check()
             inject_userfaultfd(victim.pid).close()
 
 
-def test_a_target_whose_other_thread_executes_a_program_in_any_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Victim("compute", "poll@5") as victim:
-        for number in range(FEWEST_STAGES):
-            with monkeypatch.context() as patch:
-                only_thread(patch, victim.workers[number % 2].tid)
-                Stages(once(number, lambda: victim.order("exec")), patch.setattr)
-                outcome(lambda: inject_userfaultfd(victim.pid))
+def test_a_target_whose_other_thread_executes_a_program_in_any_stage() -> None:
+    """That thread waits for the one that is stopped to end, and for its tracer to know: who attaches to another waits for both."""
+    with DyingInjector() as injector, Victim("compute", "poll@5") as victim:
+        for stage in range(FEWEST_STAGES):
+            tid = victim.pid if stage % 2 else victim.workers[0].tid
+            victim.order("exec-other")
+            assert victim.line() == "soon"
+            end = injector.inject(victim.pid, tid, stage=stage, after=False, pause=0.06)
+            assert end.signal == 0, end.stage
+            assert end.exit in (0, 1), end.stage
             victim.wait_until_ready()
             victim.check()
 

@@ -123,6 +123,20 @@ def arena(memory: ProcessMemory) -> bytes:
     return memory.read(slot.id, list(range(NPAGES))).tobytes()
 
 
+def test_close_waits_for_the_end_whichever_thread_takes_the_signal() -> None:
+    """The first thread may be killed by another's exit while it stands in a stop of its tracer."""
+    for _ in range(40):
+        with command("spin", "2", "spin", "3", "spin", "4", "busy", "1") as (memory, log):
+            memory.resume()
+            for _ in range(5):
+                assert reports(log, 2)
+                memory.pause()
+                memory.resume()
+            memory.close()
+            assert memory.status == -signal.SIGTERM
+            assert is_gone(memory.pid)
+
+
 def test_signals_that_come_during_a_pause_are_kept() -> None:
     with command("handle", str(int(signal.SIGUSR1)), "spin", "2", "busy", "1") as (memory, log):
         memory.resume()
