@@ -21,6 +21,7 @@ from dirtylog.linux.abi import Category, Scan
 from dirtylog.linux.buffer_port import BufferPort
 from dirtylog.linux.mappings import PageSizes
 from dirtylog.linux.pagemap import POPULATED, Pagemap, Scanner
+from dirtylog.linux.userfaultfd import Userfaultfd
 from memory_kinds import MADV_HUGEPAGE, memory_of
 from uffd_here import needs_uffd, port_of_its_own, watched, written
 
@@ -121,7 +122,7 @@ def lost_to_an_error() -> set[int]:
 def test_l2_what_an_error_leaves_in_the_vector_is_delivered(monkeypatch: Patch) -> None:
     """Twice over: what is registered afresh has no marks at all."""
     assert lost_to_an_error() == set()
-    monkeypatch.setattr("dirtylog.linux.uffd_port._register_afresh", lambda uffd, start, end: uffd.register(start, end - start))
+    monkeypatch.setattr(Userfaultfd, "register_afresh", Userfaultfd.register)
     assert lost_to_an_error() == set()
     monkeypatch.setattr(Scanner, "settle", lambda _self, _deliver: None)
     assert lost_to_an_error() == ALTERNATE

@@ -49,6 +49,15 @@ class UffdioRegister(Struct):
     ioctls: U64
 
 
+@struct(24)
+class UffdioWriteprotect(Struct):
+    """uffdio_writeprotect; with ``mode`` 0 it takes the marks away."""
+
+    start: U64
+    len: U64
+    mode: U64
+
+
 @struct(96)
 class PmScanArg(Struct):
     """pm_scan_arg. ``size`` must be 96; ``walk_end`` comes back, the others do not change."""
@@ -123,6 +132,7 @@ class Scan(enum.IntFlag):
 UFFDIO_API = ioctl_number(Direction.BOTH, 0x3F, ctypes.sizeof(UffdioApi), magic=UFFDIO)
 UFFDIO_REGISTER = ioctl_number(Direction.BOTH, 0x00, ctypes.sizeof(UffdioRegister), magic=UFFDIO)
 UFFDIO_UNREGISTER = ioctl_number(Direction.READ, 0x01, ctypes.sizeof(UffdioRange), magic=UFFDIO)
+UFFDIO_WRITEPROTECT = ioctl_number(Direction.BOTH, 0x06, ctypes.sizeof(UffdioWriteprotect), magic=UFFDIO)
 USERFAULTFD_IOC_NEW = ioctl_number(Direction.NONE, 0x00, magic=UFFDIO)
 PAGEMAP_SCAN = ioctl_number(Direction.BOTH, 16, ctypes.sizeof(PmScanArg), magic=ord("f"))
 PROCMAP_QUERY = ioctl_number(Direction.BOTH, 17, ctypes.sizeof(ProcmapQuery), magic=ord("f"))

@@ -10,10 +10,12 @@ from dirtylog.buffers.locate import Pages
 from dirtylog.errors import DirtyLogError, InvalidArgumentError
 from dirtylog.linux.mappings import PageSizes, read_mappings
 from dirtylog.linux.pagemap import Pagemap
-from dirtylog.linux.uffd_port import UffdPort, unregister
+from dirtylog.linux.uffd_port import UffdPort
 from dirtylog.linux.userfaultfd import Userfaultfd, missing_uffd
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from dirtylog.linux.watch import Watch
     from dirtylog.memslot import MemorySlot
 
@@ -61,14 +63,14 @@ class BufferPort(UffdPort):
             other for other in self._watched.values() if other is not watch and other.start < watch.end and watch.start < other.end
         ]
 
-    def _let_go(self, uffd: Userfaultfd, watch: Watch) -> None:
-        start = watch.start
-        for other in sorted(self._neighbours(watch), key=lambda other: other.start):
-            if start < other.start:
-                unregister(uffd, start, other.start)
-            start = max(start, other.end)
-        if start < watch.end:
-            unregister(uffd, start, watch.end)
+    def _unshared(self, start: int, end: int, of: Watch | None = None) -> Iterator[tuple[int, int]]:
+        for other in sorted(self._watched.values(), key=lambda other: other.start):
+            if other is not of and start < other.end and other.start < end:
+                if start < other.start:
+                    yield start, other.start
+                start = other.end
+        if start < end:
+            yield start, end
 
 
 def _open_descriptors() -> tuple[Userfaultfd, Pagemap]:

@@ -10,7 +10,6 @@ they come; and that a page has been discarded shows in a second scan, for holes 
 
 from __future__ import annotations
 
-import errno
 import threading
 from typing import TYPE_CHECKING, ClassVar
 
@@ -29,7 +28,7 @@ from dirtylog.port import Exactness, SyncPort
 from dirtylog.words import DirtyWords, words_of_range
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -82,11 +81,16 @@ class UffdPort(SyncPort):
             scanner.settle(self._deliver_anywhere)
             self._watched[slot] = watch
             try:
-                if self._neighbours(watch):
-                    uffd.register(watch.start, slot.nbytes)
-                else:
-                    _register_afresh(uffd, watch.start, watch.end)
+                for start, end in self._unshared(watch.start, watch.end, watch):
+                    uffd.register_afresh(start, end - start)
+            except DirtyLogError as error:
+                self._cannot_arm(watch, error)
+                return
+            try:
                 self._arm(watch, scanner)
+            except AccessDeniedError:
+                # What another slot watches has lost its watch, or this one was mapped anew or moved meanwhile.
+                self._watch_anew(watch, scanner)
             except DirtyLogError as error:
                 scanner.settle(self._deliver_anywhere)
                 self._cannot_arm(watch, error)
@@ -97,7 +101,8 @@ class UffdPort(SyncPort):
             self.always.pop(slot, None)
             watch = self._watched.pop(slot, None)
             if watch is not None and self._uffd is not None and not self._uffd.closed:
-                self._let_go(self._uffd, watch)
+                for start, end in self._unshared(watch.start, watch.end, watch):
+                    self._uffd.unregister(start, end - start)
 
     def mark_contents(self, slot: MemorySlot) -> None:
         """Set the bits of the pages that are there; of all pages where one that is not there is not zeros."""
@@ -138,7 +143,8 @@ class UffdPort(SyncPort):
         with self.mmu_lock:
             uffd, _ = self._descriptors()
             try:
-                uffd.register(start, nbytes)
+                for first, end in self._unshared(start, start + nbytes):
+                    uffd.register(first, end - first)
             except DirtyLogError as error:
                 return error
         return None
@@ -163,9 +169,9 @@ class UffdPort(SyncPort):
         """Return other slots that lie on the same pages: what is taken for one is taken for all. Mappings never overlap."""
         return []
 
-    def _let_go(self, uffd: Userfaultfd, watch: Watch) -> None:
-        """Unregister a slot's memory."""
-        unregister(uffd, watch.start, watch.end)
+    def _unshared(self, start: int, end: int, of: Watch | None = None) -> Iterator[tuple[int, int]]:  # noqa: ARG002 - as above
+        """Yield the parts of a range of addresses that no slot watches, but for one."""
+        yield start, end
 
     def _cannot_arm(self, watch: Watch, error: DirtyLogError) -> None:  # noqa: ARG002 - for those who can go on
         """Raise that a slot cannot be armed, or go on without."""
@@ -251,7 +257,7 @@ class UffdPort(SyncPort):
         watch.careful = True
         watch.new = True
         try:
-            _register_afresh(self._descriptors()[0], watch.start, watch.end)
+            self._descriptors()[0].register_afresh(watch.start, watch.end - watch.start)
             self._take(watch, scanner)
             if watch.populated is not None:
                 self._mark_foreign(watch)
@@ -283,26 +289,6 @@ class UffdPort(SyncPort):
         """Deliver what an earlier scan left, to whichever slots it belongs."""
         for watch in self._watched.values():
             watch.deliver(regions)
-
-
-def _register_afresh(uffd: Userfaultfd, start: int, end: int) -> None:
-    """Register memory without any mark on it: all that is there counts as written.
-
-    Where the kernel makes one mapping of several after a move (mremap) it drops their watch, but not the marks: stores do not clear
-    these then, nor would they after another registration. Letting go of memory does.
-    """
-    uffd.register(start, end - start)
-    unregister(uffd, start, end)
-    uffd.register(start, end - start)
-
-
-def unregister(uffd: Userfaultfd, start: int, end: int) -> None:
-    """Let go of memory, if it is still there: where it was unmapped, or went with its address space, there is nothing to do."""
-    try:
-        uffd.unregister(start, end - start)
-    except DirtyLogError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOMEM, errno.ESRCH):
-            raise
 
 
 def _union(npages: int, parts: Iterable[DirtyWords]) -> DirtyWords:

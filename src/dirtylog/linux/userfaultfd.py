@@ -69,9 +69,23 @@ class Userfaultfd(UnsharedDescriptor):
         argument = abi.UffdioRegister(start=start, len=nbytes, mode=abi.REGISTER_MODE_WP)
         self.ioctl(abi.UFFDIO_REGISTER, argument, "cannot watch %#x to %#x", start, start + nbytes)
 
+    def register_afresh(self, start: int, nbytes: int) -> None:
+        """Register memory, and take every mark away: all that is there counts as written.
+
+        Where the kernel makes one mapping of several after a move (mremap) it can drop their watch, but not the marks: stores do
+        not clear these then, nor would they after another registration. The ``errno`` is ENOENT where a move comes in the middle.
+        """
+        self.register(start, nbytes)
+        argument = abi.UffdioWriteprotect(start=start, len=nbytes)
+        self.ioctl(abi.UFFDIO_WRITEPROTECT, argument, "cannot take the marks away from %#x to %#x", start, start + nbytes)
+
     def unregister(self, start: int, nbytes: int) -> None:
-        """Undo it."""
-        self.ioctl(abi.UFFDIO_UNREGISTER, abi.UffdioRange(start=start, len=nbytes), "cannot let go of %#x", start)
+        """Let go of memory, if it is still there: where it was unmapped, or went with its address space, there is nothing to do."""
+        try:
+            self.ioctl(abi.UFFDIO_UNREGISTER, abi.UffdioRange(start=start, len=nbytes), "cannot let go of %#x", start)
+        except DirtyLogError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOMEM, errno.ESRCH):
+                raise
 
 
 def missing_uffd() -> DirtyLogError | None:
