@@ -12,7 +12,6 @@ import pytest
 from dirtylog.linux.injection import inject_userfaultfd
 from dirtylog.linux.mappings import read_mappings
 from dirtylog.linux.pagemap import Pagemap, Scanner
-from known_limits import known_limit
 from victims import EINTR_PRONE, GENTLE, Victim, needs_root, needs_victims, only_thread, same_descriptors, watched_mappings
 
 if TYPE_CHECKING:
@@ -146,7 +145,6 @@ def test_a_seccomp_filter_is_suspended_by_root(monkeypatch: pytest.MonkeyPatch, 
         victim.check()
 
 
-@known_limit
 @needs_root
 def test_a_seccomp_filter_that_only_the_chosen_thread_has(monkeypatch: pytest.MonkeyPatch) -> None:
     with Victim("poll@5+filter", "compute") as victim:

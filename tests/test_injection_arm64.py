@@ -24,7 +24,7 @@ from dirtylog import UnsupportedError
 from dirtylog.linux.arch import host_architecture
 from dirtylog.linux.arch.architecture import Gadgets
 from dirtylog.linux.arch.arm64 import Arm64, SveRegs, ThreadRegs, UserRegs
-from dirtylog.linux.injection import _place
+from dirtylog.linux.call_window import _place, enter_call
 from dirtylog.linux.ptrace import ALL_SIGNALS, Event, Request, Stop, SystemCall
 
 if TYPE_CHECKING:
@@ -400,12 +400,11 @@ HERE = PROGRAM + 0x10
 class Debugged:
     """A thread that stops as it is told, and what is asked of it meanwhile. ``numbers`` are x8 at each look at its registers."""
 
-    tid = pid = 1
+    tid = pid = os.getpid()
 
     def __init__(self, *stops: Stop, numbers: tuple[int, ...] = (), slept_in: SystemCall | None = None) -> None:
         self.stops, self.numbers, self.slept_in = list(stops), list(numbers), slept_in
         self.asked: list[object] = []
-        self.held: list[int] = []
 
     def wait(self) -> Stop:
         return self.stops.pop(0)
@@ -473,22 +472,26 @@ def test_other_threads_stand_where_they_are(registers: ThreadRegs, memory: int) 
 
 def test_a_thread_is_released_into_its_call(memory: int) -> None:
     thread = Debugged(ENTERED)
-    Arm64().release(cast("Tracee", thread), registers_in(READ), memory, MASK)
+    assert Arm64().before_call(registers_in(READ), memory)
+    enter_call(cast("Tracee", thread), MASK)
     assert thread.asked == [("SYSCALL", 0), ("mask", MASK), "runs"]
 
 
-def test_a_signal_that_comes_before_the_call_is_there_in_the_call(memory: int) -> None:
-    thread = Debugged(SIGNALLED, Stop(Event.SIGNAL, signal.SIGSTOP), ENTERED)
-    Arm64().release(cast("Tracee", thread), registers_in(READ), memory, MASK)
+def test_a_signal_that_comes_before_the_call_is_there_in_the_call() -> None:
+    thread = Debugged(SIGNALLED, ENTERED)
+    enter_call(cast("Tracee", thread), MASK)
     requeued = [("mask", ALL_SIGNALS), ("SYSCALL", signal.SIGUSR1)]
-    assert thread.asked == [("SYSCALL", 0), *requeued, ("SYSCALL", 0), ("mask", MASK), "runs"]
-    assert thread.held == [signal.SIGSTOP]
+    assert thread.asked == [("SYSCALL", 0), *requeued, ("mask", MASK), "runs"]
+
+
+def test_a_thread_of_a_process_that_is_stopped_stays_before_its_call() -> None:
+    thread = Debugged(Stop(Event.SIGNAL, signal.SIGSTOP), Stop(Event.GROUP, signal.SIGSTOP))
+    enter_call(cast("Tracee", thread), MASK)
+    assert thread.asked[-2:] == [("SYSCALL", signal.SIGSTOP), ("mask", MASK)]
 
 
 def test_a_thread_in_no_call_is_released_as_it_is(memory: int) -> None:
-    thread = Debugged()
-    Arm64().release(cast("Tracee", thread), registers_in(READ, pc=HERE + 4), memory, MASK)
-    assert not thread.asked
+    assert not Arm64().before_call(registers_in(READ, pc=HERE + 4), memory)
 
 
 def test_a_call_that_ended_with_the_stop_is_made_again_with_its_first_argument() -> None:

@@ -18,7 +18,6 @@ from dirtylog.linux.ptrace import Request, Tracee
 from dirtylog.linux.userfaultfd import Userfaultfd
 from injection_stages import FEWEST_STAGES, Stages, once
 from interrupts import interrupt
-from known_limits import known_limit
 from victims import SOON, Victim, descriptors_of, needs_victims, only_thread, same_descriptors, watched_mappings
 
 if TYPE_CHECKING:
@@ -77,7 +76,6 @@ def test_an_exception_at_any_stage_leaves_the_target_as_it_was(monkeypatch: pyte
         assert watched_mappings(victim.pid) == 0
 
 
-@known_limit
 def test_a_request_that_the_kernel_refuses_gives_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the call: the copy of the descriptor is made in another way, and has a test of its own."""
     with Victim("compute", "sequence@1", "poll@3", "futex@3+ticked") as victim:
@@ -101,7 +99,6 @@ def test_the_copy_of_the_descriptor_is_refused(monkeypatch: pytest.MonkeyPatch) 
         victim.check()
 
 
-@known_limit
 def test_a_descriptor_that_cannot_be_closed_in_the_target_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is registered would stay so after the end of this process."""
     with Victim("compute", "poll@5") as victim, same_descriptors(os.getpid()):
@@ -140,7 +137,6 @@ def test_a_ctrl_c_at_any_point_where_it_can_arrive() -> None:
         victim.check()
 
 
-@known_limit
 @pytest.mark.parametrize("when", ["start", "join"])
 def test_a_ctrl_c_while_the_other_thread_works(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """The interrupt comes out, but not before the other thread is done, whose descriptor is closed."""

@@ -77,14 +77,17 @@ def die_at_every_stage(injector: DyingInjector, victim: Victim, worker: Worker, 
 
 def allowed_eintr(deaths: list[Death], kind: str, *, after: bool) -> list[str]:
     """Return the stages at which a death may give the target an EINTR.
-     Until its registers are changed, a thread is only stopped, which the prone calls answer with EINTR. From then until its
-    registers are its own again, a frame is what it goes on with, in which a forgotten sleep has no other result.
+
+    Until its registers are changed, a thread is only stopped, which the prone calls answer with EINTR; and so they do at the end,
+    when it stands in its call again. From the first change until its registers are its own again, it goes on with a
+    frame, in which a forgotten sleep has no other result.
     """
     names = [death.stage.split()[1] for death in deaths]
     changes = [number for number, name in enumerate(names) if name == "SETREGSET"]
     first, last = changes[0] + (not after), changes[-1] + (not after)
     if kind in EINTR_PRONE:
-        return [death.stage for death in deaths[:first]]
+        entered = max(number for number, name in enumerate(names) if name == "SYSCALL") + (not after)
+        return [death.stage for death in (*deaths[:first], *deaths[entered:])]
     return [death.stage for death in deaths[first:last]] if kind in FORGOTTEN else []
 
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
-from dirtylog import DirtyLogError, InvalidArgumentError, TargetGoneError, UnsupportedError
+from dirtylog import InvalidArgumentError, TargetGoneError, UnsupportedError
 from dirtylog.linux import preflight
 from dirtylog.linux.arch import host_architecture
 from dirtylog.linux.arch.x86_64 import X86_64
+from dirtylog.linux.injection import inject_userfaultfd
 from dirtylog.linux.preflight import check_process, read_status, threads_by_preference
-from known_limits import known_limit
 from victims import EINTR_PRONE, GENTLE, Victim, eventually, needs_victims, state_of
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ def test_a_name_of_any_octets() -> None:
         libc.prctl(_PR_SET_NAME, before.rstrip(b"\n"), 0, 0, 0)
 
 
-@known_limit
 def test_a_process_that_has_ended() -> None:
     child = subprocess.Popen((sys.executable, "-c", ""))
     eventually(lambda: state_of(child.pid) == "Z", "it does not end")
@@ -176,6 +175,7 @@ def test_a_thread_that_ends_while_threads_are_looked_at() -> None:
 def test_no_thread_can_be_stopped(monkeypatch: pytest.MonkeyPatch, sleeper: int) -> None:
     status = read_status(sleeper)
     monkeypatch.setattr(preflight, "read_status", lambda *_: status._replace(state="D"))
-    with pytest.raises(DirtyLogError, match="can be stopped now") as caught:
-        threads_by_preference(sleeper, host_architecture())
+    assert threads_by_preference(sleeper, host_architecture()) == []
+    with pytest.raises(UnsupportedError, match="uninterruptible sleeps") as caught:
+        inject_userfaultfd(sleeper)
     assert caught.value.remedy == "try again"

@@ -14,7 +14,6 @@ from built import built
 from dirtylog.linux import process
 from dirtylog.linux.process import ProcessMemory
 from dirtylog.linux.process_port import ProcessPort
-from known_limits import known_limit
 from puppets import MOMENTS, Puppet, follow, gets, in_the_middle, logged, slot_at
 from victims import needs_victims
 
@@ -99,7 +98,6 @@ def test_another_program_between_open_and_start(puppet: Puppet) -> None:
             assert follow(log).at(address, NPAGES) == EVERYTHING
 
 
-@known_limit
 def test_one_program_after_the_other() -> None:
     """A shell that executes itself, over and over, and is waiting for a child of vfork when it is looked at."""
     script = '/bin/sleep 0.02; if [ "$1" -gt 0 ]; then exec sh -c "$0" "$0" $(( $1 - 1 )); fi; exec sleep 60'
@@ -148,7 +146,6 @@ def test_another_program_while_the_one_before_is_still_ending(puppet: Puppet, mo
 # --- what changes in the middle of an update
 
 
-@known_limit
 def test_a_mapping_that_vanishes_is_no_gap(puppet: Puppet) -> None:
     with logged(puppet) as (memory, log):
         address = filled(puppet)
@@ -211,7 +208,6 @@ def test_it_ends_in_the_middle_of_an_update(puppet: Puppet, moment: str) -> None
             log.update()
 
 
-@known_limit
 def test_it_ends_when_it_seems_to_execute_another_program(puppet: Puppet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its address space is gone, and a moment later so is its place in /proc."""
 

@@ -75,7 +75,6 @@ def test_a_python_program(script: str, status: int) -> None:
     assert memory.status == status
 
 
-@pytest.mark.skip(reason="a limit that is known, and leaves a thread behind: docs/processes.md")
 def test_a_python_program_whose_other_thread_executes_another() -> None:
     """From then on it is not traced: its end is not waited for, and comes as that of any process."""
     script = "import os, threading; threading.Thread(target=os.execv, args=('/bin/sh', ['sh', '-c', 'sleep 0.3; exit 9'])).start()"

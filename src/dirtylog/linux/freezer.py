@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dirtylog.errors import DirtyLogError, TargetGoneError, UnsupportedError
 from dirtylog.linux.arch import host_architecture
-from dirtylog.linux.injection import has_signal
-from dirtylog.linux.preflight import GONE, read_status
-from dirtylog.linux.ptrace import Option, Tracee
+from dirtylog.linux.call_window import enter_call, has_signal
+from dirtylog.linux.preflight import has_ended, read_status
+from dirtylog.linux.ptrace import Option, Tracee, let_go_if_ended, lives
 from dirtylog.linux.signals import block_signals
 
 if TYPE_CHECKING:
     from dirtylog.linux.arch.architecture import Architecture
+
+
+_LOOK_SECONDS = 0.05
 
 
 class Leader(Protocol):
@@ -39,6 +43,7 @@ class Freezer:
         self._thaw = threading.Event()
         self._ready = threading.Event()
         self._errors: list[BaseException] = []
+        self._tracees: dict[int, Tracee] = {}
 
     @property
     def frozen(self) -> bool:
@@ -54,9 +59,12 @@ class Freezer:
         self._thaw.clear()
         self._ready.clear()
         self._errors.clear()
+        self._tracees.clear()
         self._thread = threading.Thread(target=self._run, name="dirtylog-ptrace", daemon=True)
         self._thread.start()
-        self._ready.wait()
+        while not self._ready.wait(_LOOK_SECONDS):
+            for tid in list(self._tracees):
+                let_go_if_ended(self._pid, tid)
         if self._errors:
             self.thaw()
             raise self._errors[0]
@@ -66,13 +74,15 @@ class Freezer:
         if self._thread is not None:
             self._thaw.set()
             self._thread.join()
+            while lives(self._thread):
+                os.sched_yield()
             self._thread = None
             if self._leader is not None:
                 self._leader.go()
 
     def _run(self) -> None:
         block_signals()
-        tracees: dict[int, Tracee] = {}
+        tracees = self._tracees
         try:
             self._stop_all(tracees)
         except BaseException as error:  # noqa: BLE001 - it is raised in the thread that waits
@@ -93,14 +103,16 @@ class Freezer:
             for tid in [tid for tid in tracees if self._has_another_place(tid)]:
                 del tracees[tid]
             new = [tid for tid in found if tid not in tracees and tid not in ended]
-            if not new:
+            # The list breaks off at a thread that ends while it is made.
+            if not new and len(found) == read_status(self._pid).threads:
                 break
             for tid in new:
                 try:
-                    tracee = Tracee(self._pid, tid, Option.NONE)
+                    tracee = Tracee(self._pid, tid, Option.TRACESYSGOOD)
                     tracee.stop()
                 except DirtyLogError:
-                    if _has_ended(self._pid, tid):
+                    if has_ended(self._pid, tid):
+                        let_go_if_ended(self._pid, tid)
                         ended.add(tid)
                         continue
                     raise
@@ -123,16 +135,10 @@ class Freezer:
                 if number in self._architecture.interruptible and result == -errno.EINTR and not has_signal(tracee):
                     self._architecture.again(registers)
                     self._architecture.restore(tracee, registers)
+                    enter_call(tracee, tracee.signal_mask())
             tracee.detach()
         except DirtyLogError:
             pass  # it has ended: nothing is there to be let go
-
-
-def _has_ended(pid: int, tid: int) -> bool:
-    try:
-        return read_status(pid, tid).state in GONE
-    except TargetGoneError:
-        return True
 
 
 def _known_architecture() -> Architecture[Any] | None:

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING
 
 from dirtylog.errors import AccessDeniedError, DirtyLogError, InvalidArgumentError, TargetGoneError
 from dirtylog.linux.arch import host_architecture
-from dirtylog.linux.injection import CallWindow, find_code, open_memory, take_userfaultfd
+from dirtylog.linux.call_window import CallWindow, find_code, open_memory
+from dirtylog.linux.injection import take_userfaultfd
 from dirtylog.linux.preflight import GONE, read_status
-from dirtylog.linux.ptrace import WAIT, Event, Option, Request, Stop, Tracee, stop_of
+from dirtylog.linux.ptrace import INTERRUPTED, PEEK, STOPPED, WAIT, Event, Option, Request, Stop, Tracee, stop_of
 from dirtylog.linux.signals import block_signals
 
 if TYPE_CHECKING:
@@ -211,8 +212,6 @@ class Launched:
             os.close(gate)
         try:
             self._follow(tracee)
-        except TargetGoneError:
-            pass
         except BaseException as error:  # noqa: BLE001 - it is raised where the userfaultfd is waited for
             self._uffds.put(error)
         self.ending.set()
@@ -221,14 +220,20 @@ class Launched:
     def _follow(self, tracee: Tracee) -> None:
         while self.status is None:
             try:
-                _, status = os.waitpid(self.pid, WAIT)
+                # Not by its number: who waits for that sleeps on when another thread executes a program and takes the number over.
+                found = os.waitid(os.P_ALL, 0, PEEK)
             except ChildProcessError:
                 self._wait_untraced()
                 return
-            if os.WIFSTOPPED(status):
-                self._answer(tracee, stop_of(status))
+            if found is not None and found.si_code in STOPPED:
+                stop = stop_of(found.si_status)
+                if stop.event is not Event.SIGNAL:
+                    tracee.take_stop()
+                # Where it has been killed meanwhile, its end is what comes next.
+                with contextlib.suppress(TargetGoneError):
+                    self._answer(tracee, stop)
             else:
-                self._ended(status)
+                self._ended(os.waitpid(self.pid, WAIT)[1])
 
     def _wait_untraced(self) -> None:
         """Wait for its end only: another thread than the first has executed a program, which none of ours traces."""
@@ -252,6 +257,7 @@ class Launched:
             return
         elif stop.event is Event.SIGNAL:
             if stop.signal == signal.SIGSTOP and self._pause_wanted and tracee.signal_sender() == os.getpid():
+                tracee.take_stop()
                 self._paused.set()
                 self._unpause.wait()
             else:
@@ -263,20 +269,19 @@ class Launched:
         self._begun = True
         tracee.set_options(_TRACED | Option.EXITKILL)
         tracee.interrupt()
-        tracee.wait_for(Event.TRAP, Request.CONT)
+        tracee.wait_for(*INTERRUPTED, request=Request.CONT)
         try:
             with open_memory(self.pid) as memory:
                 code = find_code(self.pid, self._architecture, memory, begun=False)
-                uffd = take_userfaultfd(CallWindow(tracee, self._architecture, code, self_restoring=False))
+                uffd = take_userfaultfd(CallWindow(tracee, self._architecture, code, memory, self_restoring=False))
         except DirtyLogError as error:
             self._uffds.put(error)
         else:
             self._put_enabled(uffd)
         tracee.set_options(_TRACED)
-        for sig in tracee.held:
-            os.kill(self.pid, sig)
-        tracee.held.clear()
         self._go.wait()
+        # Should somebody have stopped the process meanwhile, this shows it.
+        tracee.interrupt()
 
     def _put_enabled(self, uffd: Userfaultfd) -> None:
         try:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dirtylog.errors import DirtyLogError
+from dirtylog.errors import DirtyLogError, TargetGoneError
 from dirtylog.linux import abi
 from dirtylog.linux.abi import Category, Scan
 from dirtylog.linux.descriptor import UnsharedDescriptor
@@ -48,6 +48,8 @@ class Pagemap(UnsharedDescriptor):
         path = f"/proc/{pid or 'self'}/pagemap"
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise TargetGoneError(f"there is no process {pid}", errno=error.errno, pid=pid) from error
         except OSError as error:
             raise self.error(
                 error,

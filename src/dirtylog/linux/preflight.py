@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 _AGENT = "let the program run dirtylog.agent, or use port compare"
 _GO_MAGIC = b"\xff Go buildinf:"
 _ELF_MACHINE = 18
+_FLAGS = 6  # of the fields of /proc/PID/stat after the name
+_PF_KTHREAD = 0x200000
 GONE = "ZXx"
 """States of a thread that has ended."""
 
 
 class Status(NamedTuple):
-    """What /proc/PID/status says that matters here. ``pinned`` is in bytes."""
+    """What /proc/PID/status says that matters here. ``pinned`` is in bytes, ``threads`` how many the process has."""
 
     state: str
     tracer: int
@@ -28,6 +30,7 @@ class Status(NamedTuple):
     has_memory: bool
     pinned: int
     shadow_stack: bool
+    threads: int
 
 
 def read_status(pid: int, tid: int | None = None) -> Status:
@@ -45,7 +48,16 @@ def read_status(pid: int, tid: int | None = None) -> Status:
         has_memory="VmSize" in values,
         pinned=int(values.get("VmPin", "0 kB").split()[0]) << 10,
         shadow_stack="shstk" in values.get("x86_Thread_features", ""),
+        threads=int(values.get("Threads", 0)),
     )
+
+
+def has_ended(pid: int, tid: int) -> bool:
+    """Return whether a thread has ended."""
+    try:
+        return read_status(pid, tid).state in GONE
+    except TargetGoneError:
+        return True
 
 
 def check_has_memory(pid: int, status: Status) -> None:
@@ -59,7 +71,18 @@ def check_has_memory(pid: int, status: Status) -> None:
             )
         raise TargetGoneError(f"process {pid} has ended", pid=pid, reason="its parent has not asked for its exit status yet")
     if not status.has_memory:
-        raise InvalidArgumentError(f"{pid} is a thread of the kernel: it has no memory of its own", pid=pid)
+        if _is_of_the_kernel(pid):
+            raise InvalidArgumentError(f"{pid} is a thread of the kernel: it has no memory of its own", pid=pid)
+        raise TargetGoneError(f"process {pid} has ended", pid=pid, reason="its memory has gone, and it goes, too")
+
+
+def _is_of_the_kernel(pid: int) -> bool:
+    try:
+        # The name, in parentheses, may have anything in it.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
+    except OSError as error:
+        raise TargetGoneError(f"there is no process {pid}", pid=pid) from error
+    return bool(int(fields[_FLAGS]) & _PF_KTHREAD)
 
 
 def runs_without_first(pid: int) -> bool:
@@ -123,10 +146,14 @@ def threads_by_preference(pid: int, architecture: Architecture[Any]) -> list[int
     """Return the threads in which to make a system call, best first.
 
     First those in a sleep that goes on after a stop as if nothing had been, then those that run, then those in a system call that
-    may end with EINTR. One in an uninterruptible sleep cannot be stopped.
+    may end with EINTR. One in an uninterruptible sleep cannot be stopped, and is none of them.
     """
     ranked: list[tuple[int, int]] = []
-    for entry in Path(f"/proc/{pid}/task").iterdir():
+    try:
+        entries = list(Path(f"/proc/{pid}/task").iterdir())
+    except FileNotFoundError as error:
+        raise TargetGoneError(f"there is no process {pid}", pid=pid) from error
+    for entry in entries:
         tid = int(entry.name)
         try:
             call = (entry / "syscall").read_text(encoding="ascii").split()
@@ -136,11 +163,4 @@ def threads_by_preference(pid: int, architecture: Architecture[Any]) -> list[int
         if state not in "D" + GONE:
             number = -1 if call[0] == "running" else int(call[0])
             ranked.append((0 if number in architecture.restartable else 1 if number < 0 else 2, tid))
-    if not ranked:
-        raise UnsupportedError(
-            f"no thread of process {pid} can be stopped now",
-            pid=pid,
-            reason="they are in uninterruptible sleeps: waiting for a disk, or for a child of vfork",
-            remedy="try again",
-        )
     return [tid for _, tid in sorted(ranked)]

@@ -111,6 +111,10 @@ class ProcessSlots:
                 skipped.append(Skipped(mapping, _reason(error)))
             else:
                 added += self._slots_of(mapping, span.start, span.end)
+        if skipped:
+            # What has gone meanwhile needs no slot.
+            there = {mapping.start for mapping in read_mappings(self._pid)}
+            skipped = [one for one in skipped if one.mapping.start in there]
         return added, skipped
 
     def _slots_of(self, mapping: Mapping, start: int, end: int) -> Iterator[Placed]:

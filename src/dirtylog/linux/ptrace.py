@@ -9,6 +9,7 @@ Facts about the kernel that this file relies on (ptrace(2), kernel/ptrace.c):
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import errno
@@ -23,12 +24,22 @@ from dirtylog.errors import AccessDeniedError, DirtyLogError, TargetGoneError
 from dirtylog.linux.layout import U32, U64, Struct, struct
 
 if TYPE_CHECKING:
+    import threading
+
     from dirtylog.linux.layout import Struct as AnyStruct
 
 S = TypeVar("S", bound=Struct)
 
-WAIT = 0x40000000 | 0x20000000
-"""__WALL and __WNOTHREAD, of waitpid: threads that are no children, but only this thread's: no other's stops are taken away."""
+_WALL = 0x40000000
+WAIT = _WALL | 0x20000000
+"""__WALL and __WNOTHREAD, of wait: threads that are no children, but only this thread's: no other's stops are taken away."""
+PEEK = WAIT | os.WEXITED | os.WSTOPPED | os.WNOWAIT
+"""Of waitid: what a tracee has come to, without taking it.
+
+A stop that has been taken has no signal any more (wait_task_stopped in kernel/exit.c): were we to die then, it would be lost.
+"""
+STOPPED = (4, 5)
+"""CLD_TRAPPED and CLD_STOPPED: what si_code is of a stop."""
 _EVENT_STOP = 128
 _SIGINFO_BYTES = 128
 _SYSCALL_SIGNAL = signal.SIGTRAP | 0x80
@@ -80,6 +91,10 @@ class Event(enum.IntEnum):
     GROUP = _EVENT_STOP + 1
     """A job-control stop of the whole process."""
     SYSCALL = _EVENT_STOP + 2
+
+
+INTERRUPTED = (Event.TRAP, Event.GROUP)
+"""How an interruption shows, the latter where the whole process is stopped; both in the midst of the delivery of signals."""
 
 
 class Stop(NamedTuple):
@@ -141,8 +156,6 @@ class Tracee:
     def __init__(self, pid: int, tid: int, options: Option) -> None:
         self.pid = pid
         self.tid = tid
-        self.held: list[int] = []
-        """Signals that could not be let through: they are sent again after the detach."""
         self._runs = False
         self.slept_in: SystemCall | None = None
         """The system call in which it slept before it was stopped: afterwards its registers may not tell."""
@@ -152,12 +165,19 @@ class Tracee:
             raise self.error(error, "cannot attach to") from error
 
     def interrupt(self) -> None:
-        """Ask it to stop; :meth:`wait` for that."""
+        """Ask it to stop; :meth:`wait` for that. To be asked again after any other stop, which may have taken this away.
+
+        (ptrace_stop in kernel/signal.c: so it is where a timer's signal is fetched, for which the lock is let go.)
+        """
         self._ask(Request.INTERRUPT)
 
     def resume(self, request: Request = Request.CONT, sig: int = 0) -> None:
         """Let it run: CONT, SYSCALL (to the next boundary of a system call) or LISTEN (in a group stop)."""
         self._ask(request, data=sig)
+
+    def take_stop(self) -> None:
+        """Take a stop, which other threads of this process then do not see for an end; and the signal with it, should we die."""
+        os.waitid(os.P_PID, self.tid, WAIT | os.WSTOPPED | os.WNOHANG)
 
     def let_run(self) -> None:
         """Let it run for good. The kernel lets it go when this thread ends, for then it is not stopped again.
@@ -169,21 +189,19 @@ class Tracee:
         self._runs = True
 
     def detach(self) -> None:
-        """Let it go, and send it the signals that were held."""
+        """Let it go."""
         if not self._runs:
             self._ask(Request.DETACH)
-        for sig in self.held:
-            os.kill(self.pid, sig)
 
     def wait(self, seconds: float = STOP_SECONDS) -> Stop:
         """Wait until it stops. :class:`TargetGoneError` if it ends instead."""
         began = time.monotonic()
         while True:
             try:
-                tid, status = os.waitpid(self.tid, os.WNOHANG | WAIT)
+                found = os.waitid(os.P_PID, self.tid, PEEK | os.WNOHANG)
             except ChildProcessError as error:
                 raise TargetGoneError(f"process {self.pid} is gone", pid=self.pid) from error
-            if tid:
+            if found is not None:
                 break
             waited = time.monotonic() - began
             if waited > seconds:
@@ -198,20 +216,26 @@ class Tracee:
                 os.sched_yield()
             else:
                 time.sleep(_NAP_SECONDS)
-        if not os.WIFSTOPPED(status):
+        if found.si_code not in STOPPED:
+            let_go_if_ended(self.pid, self.tid)
             raise TargetGoneError(f"process {self.pid} is gone", pid=self.pid, reason="it ended")
-        return stop_of(status)
+        stop = stop_of(found.si_status)
+        if stop.event is not Event.SIGNAL:
+            self.take_stop()
+        return stop
 
-    def wait_for(self, event: Event, request: Request, sig: int = 0) -> None:
-        """Resume with ``request`` until a stop of this kind; other stops are passed by, and a signal that comes is let through.
+    def wait_for(self, *events: Event, request: Request) -> Event:
+        """Resume with ``request`` until a stop of these kinds; other stops are passed by.
 
-        While every signal is blocked only SIGSTOP can come: it is held.
+        While every signal is blocked only SIGSTOP can come. It is let through: the process stops, but for this thread, which does
+        when it is let go, unless a SIGCONT has come by then.
         """
-        self.resume(request, sig)
-        while (stop := self.wait()).event is not event:
-            if stop.event is Event.SIGNAL:
-                self.held.append(stop.signal)
-            self.resume(request)
+        self.resume(request)
+        while (stop := self.wait()).event not in events:
+            if Event.TRAP in events:
+                self.interrupt()
+            self.resume(request, stop.signal if stop.event is Event.SIGNAL else 0)
+        return stop.event
 
     def stop(self) -> None:
         """Interrupt it, and return when it stands. A signal that was on its way is let through first.
@@ -220,7 +244,8 @@ class Tracee:
         """
         self.slept_in = _sleeps_in(self.pid, self.tid)
         self.interrupt()
-        while (stop := self.wait()).event not in (Event.TRAP, Event.GROUP):
+        while (stop := self.wait()).event not in INTERRUPTED:
+            self.interrupt()
             self.resume(sig=stop.signal if stop.event is Event.SIGNAL else 0)
 
     def registers(self, kind: type[S], note: int) -> S:
@@ -300,6 +325,25 @@ ATTACH_REMEDY = (
 )
 
 
+def lives(thread: threading.Thread) -> bool:
+    """Return whether a thread that has been joined is still there: until it has gone the kernel has not let its tracees go."""
+    return thread.native_id is not None and Path(f"/proc/self/task/{thread.native_id}").exists()
+
+
+def let_go_if_ended(pid: int, tid: int) -> None:
+    """Let a thread go that has ended, and that any thread of this process traces.
+
+    A thread that executes a program waits for that, and who attaches to it waits for both. Not the first thread, for which nobody
+    waits so: its end is for the parent to see, which may be this process.
+    """
+    if tid == pid:
+        return
+    with contextlib.suppress(ChildProcessError):
+        found = os.waitid(os.P_PID, tid, _WALL | os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        if found is not None and found.si_code not in STOPPED:
+            os.waitpid(tid, _WALL | os.WNOHANG)
+
+
 def _sleeps_in(pid: int, tid: int) -> SystemCall | None:
     try:
         words = Path(f"/proc/{pid}/task/{tid}/syscall").read_text(encoding="ascii").split()
@@ -312,8 +356,8 @@ def _sleeps_in(pid: int, tid: int) -> SystemCall | None:
 
 
 def stop_of(status: int) -> Stop:
-    """Return what a status of waitpid says of a tracee that has stopped."""
-    sig, event = os.WSTOPSIG(status), status >> 16
+    """Return what the si_status of waitid says of a tracee that has stopped."""
+    sig, event = status & 0xFF, status >> 8
     if event == _EVENT_STOP:
         return Stop(Event.TRAP if sig == signal.SIGTRAP else Event.GROUP, sig)
     if sig == _SYSCALL_SIGNAL:

@@ -85,8 +85,9 @@ class Architecture(ABC, Generic[R]):
         """
         return registers
 
-    def release(self, tracee: Tracee, registers: R, memory: int, mask: int) -> None:
-        """Have a thread that has been put back go on to where the kernel, too, knows of it what it knew before."""
+    def before_call(self, registers: R, memory: int) -> bool:  # noqa: ARG002 - for those whose kernel does not restart the call itself
+        """Return whether a thread with these registers makes a system call next, whose like was interrupted."""
+        return False
 
     @abstractmethod
     def frame(self, tracee: Tracee, registers: R, mask: int, gadgets: Gadgets) -> Frame:

@@ -33,14 +33,13 @@ import contextlib
 import ctypes
 import errno
 import os
-import signal
 import struct as packing
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from dirtylog.errors import UnsupportedError
 from dirtylog.linux.arch.architecture import Architecture, Frame, Gadgets
 from dirtylog.linux.layout import U16, U32, U64, Struct, offset_of, struct
-from dirtylog.linux.ptrace import ALL_SIGNALS, Event, Request
+from dirtylog.linux.ptrace import INTERRUPTED, Event, Request
 
 if TYPE_CHECKING:
     from dirtylog.linux.ptrace import SystemCall, Tracee
@@ -190,34 +189,22 @@ class Arm64(Architecture[ThreadRegs]):
 
     def settle(self, tracee: Tracee, registers: ThreadRegs, memory: int) -> ThreadRegs:
         """Find out whether a sleep is continued: if so, the registers to put back are those of restart_syscall."""
-        if registers.general.x[_NUMBER] not in _CONTINUED or not _before_a_call(registers, memory):
+        if registers.general.x[_NUMBER] not in _CONTINUED or not self.before_call(registers, memory):
             return registers
         tracee.resume(Request.SYSCALL)
         stop = tracee.wait()
-        tracee.interrupt()
-        while stop.event is not Event.TRAP:
+        while stop.event not in INTERRUPTED:
+            tracee.interrupt()
             tracee.resume(sig=stop.signal if stop.event is Event.SIGNAL else 0)
             stop = tracee.wait()
         return self.save(tracee)
 
-    def release(self, tracee: Tracee, registers: ThreadRegs, memory: int, mask: int) -> None:
-        """Have it enter its system call. A signal that comes before is blocked: the kernel puts it back, and it ends the call.
-
-        (A signal that is blocked when a debugger lets it through is queued again: ptrace_signal in kernel/signal.c.)
-        """
-        if not _before_a_call(registers, memory):
-            return
-        tracee.resume(Request.SYSCALL)
-        while (stop := tracee.wait()).event is not Event.SYSCALL:
-            sig = 0
-            if stop.event is Event.SIGNAL and stop.signal == signal.SIGSTOP:
-                tracee.held.append(stop.signal)
-            elif stop.event is Event.SIGNAL:
-                tracee.set_signal_mask(ALL_SIGNALS)
-                sig = stop.signal
-            tracee.resume(Request.SYSCALL, sig)
-        tracee.set_signal_mask(mask)
-        tracee.let_run()
+    def before_call(self, registers: ThreadRegs, memory: int) -> bool:
+        """Return whether it stands at an ``svc``: before the kernel has let it stop, it has set it back there to restart a call."""
+        instruction = b""
+        with contextlib.suppress(OSError):
+            instruction = os.pread(memory, _SVC_BYTES, registers.general.pc)
+        return int.from_bytes(instruction, "little") & _SVC_MASK == _SVC
 
     def frame(self, tracee: Tracee, registers: ThreadRegs, mask: int, gadgets: Gadgets) -> Frame:
         """Lay it right below the stack pointer, as far as sigreturn reads: up to the null record behind the last one.
@@ -258,13 +245,6 @@ class Arm64(Architecture[ThreadRegs]):
     def result(self, registers: ThreadRegs) -> int:
         """Return x0."""
         return ctypes.c_int64(registers.general.x[0]).value
-
-
-def _before_a_call(registers: ThreadRegs, memory: int) -> bool:
-    instruction = b""
-    with contextlib.suppress(OSError):
-        instruction = os.pread(memory, _SVC_BYTES, registers.general.pc)
-    return int.from_bytes(instruction, "little") & _SVC_MASK == _SVC
 
 
 def _ended_call(general: UserRegs, call: SystemCall | None) -> tuple[int, int]:
