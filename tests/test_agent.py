@@ -24,8 +24,8 @@ from dirtylog.linux.abi import userfaultfd_number
 from dirtylog.linux.agents import address_of, ask_agent
 from dirtylog.linux.attach import Attached
 from dirtylog.linux.process import ProcessMemory
-from dirtylog.linux.ptrace import Option, Tracee
-from known_limits import known_limit
+from dirtylog.linux.ptrace import Tracee
+from dirtylog.linux.ptrace_abi import Option
 from victims import (
     NOBODY,
     eventually,
@@ -226,7 +226,6 @@ def test_an_impostor_at_the_address_is_not_believed() -> None:
         assert asked
 
 
-@known_limit
 def test_a_program_whose_address_somebody_has_taken_runs_without_an_agent() -> None:
     """Its process id is known before it begins: a name that is taken must not keep it from running."""
     read, write = os.pipe()
@@ -282,7 +281,6 @@ def test_an_agent_that_says_something_else_is_none(answer: str) -> None:
             assert memory.attached is Attached.INJECTED
 
 
-@known_limit
 def test_an_agent_without_free_descriptors_recovers() -> None:
     with Agented(prepare=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))) as target:
         target.order("files = []")
@@ -293,7 +291,6 @@ def test_an_agent_without_free_descriptors_recovers() -> None:
         assert ask_and_close(target.pid), "the agent has not survived"
 
 
-@known_limit
 def test_a_process_that_may_have_no_userfaultfd_says_so_and_its_agent_survives() -> None:
     with Agented("import dirtylog.linux.agents as agents\nreal = agents.new_userfaultfd\n" + WITH_AGENT) as target:
         target.order("from dirtylog import AccessDeniedError")

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dirtylog.cli import main
-from dirtylog.linux.ptrace import Option, Tracee
+from dirtylog.linux.ptrace import Tracee
+from dirtylog.linux.ptrace_abi import Option
 from dirtylog.linux.soft_dirty import missing_soft_dirty
-from known_limits import known_limit
 from victims import NOBODY, descriptors_of, needs_root, needs_victims, state_of, threads_of
 from writers import (
     ARENA_MAP,
@@ -105,7 +105,6 @@ def test_a_word_that_is_no_map_exits_2_with_the_rule(word: str, rule: str, capsy
     assert rule in err
 
 
-@known_limit
 def test_a_thread_is_no_process(capsys: pytest.CaptureFixture[str]) -> None:
     with Writer("spin", "1") as target:
         tid = max(threads_of(target.pid))

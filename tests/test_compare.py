@@ -17,7 +17,6 @@ from agented import WITHOUT_AGENT, Agented, written
 from dirtylog import DirtyBitmap, DirtyLog, Exactness, TargetGoneError, UnsupportedError
 from dirtylog.compare import ComparePort
 from interrupts import interrupt
-from known_limits import known_limit
 from launches import get_all
 from model_memory import ModelMemory
 from writers import ARENA_MAP, NPAGES, Writer
@@ -214,7 +213,6 @@ def test_a_slot_without_room_for_a_copy_is_refused(monkeypatch: pytest.MonkeyPat
     assert str(1 << 30) in refusal.reason
 
 
-@known_limit
 def test_a_huge_and_empty_buffer_is_refused() -> None:
     with Area.map(1 << 28, NORESERVE | 0x22) as area, pytest.raises(UnsupportedError, match="room for a copy"):
         dirtylog.track(area.octets, port="compare")
@@ -229,7 +227,6 @@ def test_a_process_with_a_huge_and_empty_mapping_is_logged_without_it() -> None:
             assert written(log, target) == {7}
 
 
-@known_limit
 def test_memory_that_may_not_be_touched_costs_little() -> None:
     """The C library reserves 64 MiB without any permissions for each thread that allocates."""
     with Agented(WITHOUT_AGENT) as target:

@@ -25,7 +25,8 @@ from dirtylog.linux.arch import host_architecture
 from dirtylog.linux.arch.architecture import Gadgets
 from dirtylog.linux.arch.arm64 import Arm64, SveRegs, ThreadRegs, UserRegs
 from dirtylog.linux.call_window import _place, enter_call
-from dirtylog.linux.ptrace import ALL_SIGNALS, Event, Request, Stop, SystemCall
+from dirtylog.linux.ptrace import ALL_SIGNALS
+from dirtylog.linux.ptrace_abi import Event, Request, Stop, SystemCall
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,7 +14,8 @@ from dirtylog import AccessDeniedError, DirtyLogError
 from dirtylog.linux import injection
 from dirtylog.linux.arch.x86_64 import X86_64
 from dirtylog.linux.injection import inject_userfaultfd
-from dirtylog.linux.ptrace import Request, Tracee
+from dirtylog.linux.ptrace import Tracee
+from dirtylog.linux.ptrace_abi import Request
 from dirtylog.linux.userfaultfd import Userfaultfd
 from injection_stages import FEWEST_STAGES, Stages, once
 from interrupts import interrupt

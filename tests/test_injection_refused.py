@@ -21,8 +21,8 @@ from dirtylog.linux.arch import host_architecture
 from dirtylog.linux.freezer import Freezer
 from dirtylog.linux.injection import inject_userfaultfd
 from dirtylog.linux.preflight import _check_executable
-from dirtylog.linux.ptrace import Option, Tracee
-from known_limits import known_limit
+from dirtylog.linux.ptrace import Tracee
+from dirtylog.linux.ptrace_abi import Option
 from victims import (
     NOBODY,
     Victim,
@@ -114,7 +114,6 @@ def test_a_process_that_is_being_traced() -> None:
         victim.check()
 
 
-@known_limit
 def test_a_process_of_which_another_thread_is_being_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     with Victim("compute", "poll@5") as victim:
         traced, free = victim.workers
@@ -199,13 +198,11 @@ def test_a_thread_of_the_kernel() -> None:
         inject_userfaultfd(2)
 
 
-@known_limit
 def test_this_process() -> None:
     with pytest.raises(InvalidArgumentError):
         inject_userfaultfd(os.getpid())
 
 
-@known_limit
 def test_a_thread_in_the_place_of_a_process() -> None:
     with Victim("compute", "poll@5") as victim, same_descriptors(victim.pid), same_descriptors(os.getpid()):
         with pytest.raises(InvalidArgumentError):
@@ -250,7 +247,6 @@ def test_who_has_no_rights_may_attach_to_processes_of_its_own_only() -> None:
         foreign.check()
 
 
-@known_limit
 @needs_root
 @pytest.mark.parametrize("hidepid", [1, 2, 4])
 def test_where_processes_are_hidden_from_other_users(hidepid: int) -> None:

@@ -11,7 +11,6 @@ import pytest
 
 import dirtylog
 from address_space import ANONYMOUS, NONE, PAGE, PRIVATE, READ, SHARED, WRITE
-from known_limits import known_limit
 from puppets import Puppet, follow, logged, slot_at
 from victims import needs_victims, state_of, tracer_of
 
@@ -102,7 +101,6 @@ def test_what_it_may_not_read_itself_can_be_read(puppet: Puppet, memory: Process
     assert memory.read(slot.id, range(NPAGES))[:, 0].tolist() == list(range(1, NPAGES + 1))
 
 
-@known_limit
 def test_a_large_hole_is_read_soon(puppet: Puppet, memory: ProcessMemory, log: DirtyLog) -> None:
     """A program that gives a quarter of a gigabyte back must not stop whoever copies it."""
     npages = (256 << 20) // PAGE

@@ -19,7 +19,6 @@ from address_space import ANONYMOUS, HUGETLB, NONE, PAGE, PRIVATE, READ, SHARED,
 from dirtylog import AccessDeniedError, DirtyLogError, TargetGoneError
 from dirtylog.linux import reading
 from dirtylog.linux.reading import read_runs, runs_of, write_runs
-from known_limits import known_limit
 from uffd_here import forks
 from victims import NOBODY, eventually, needs_root, same_descriptors, state_of
 
@@ -246,7 +245,6 @@ def test_a_process_that_has_ended() -> None:
             child.communicate()
 
 
-@known_limit
 @pytest.mark.parametrize("name", ["open", "pread"])
 def test_a_process_that_ends_between_two_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """No zeros may be taken for what it held."""

@@ -14,7 +14,6 @@ from dirtylog import DirtyLog, DirtyLogError
 from dirtylog.linux import soft_dirty
 from dirtylog.linux.soft_dirty import SoftDirtyPort
 from interrupts import interrupt
-from known_limits import known_limit
 from model_memory import ModelMemory
 
 if TYPE_CHECKING:
@@ -105,7 +104,6 @@ def test_a_get_that_fails_loses_nothing_and_lets_the_target_go(model: Model, log
         assert reported(log) == {12, 1003}
 
 
-@known_limit
 def test_an_interrupt_while_it_is_being_stopped_lets_it_go(model: Model, log: DirtyLog) -> None:
     def stop_and_raise() -> None:
         model.frozen = True

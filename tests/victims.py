@@ -239,11 +239,13 @@ def watched_mappings(pid: int) -> int:
 
 @contextmanager
 def same_descriptors(pid: int) -> Iterator[None]:
-    """Require that a process has the same open files after the block; ``pid`` may be this process."""
+    """Require that a process has the same open files soon after the block; ``pid`` may be this process."""
     before = descriptors_of(pid)
     yield
-    new = {fd: name for fd, name in descriptors_of(pid).items() if fd not in before}
-    assert not new, f"left open: {new}"
+    deadline = time.monotonic() + 1.0
+    while new := {fd: name for fd, name in descriptors_of(pid).items() if fd not in before}:
+        assert time.monotonic() < deadline, f"left open: {new}"
+        time.sleep(0.001)
 
 
 def eventually(true: Callable[[], bool], what: str) -> None:

@@ -25,7 +25,11 @@ def choose_port(wanted: str, address: int, nbytes: int, read: ReadRange) -> tupl
         except DirtyLogError:
             if wanted == "uffd":
                 raise
-    return ComparePort(read), Pages.around(address, nbytes, mmap.PAGESIZE, anonymous=False)
+    port = ComparePort(read)
+    refused = port.refuses(address, nbytes)
+    if refused is not None:
+        raise refused
+    return port, Pages.around(address, nbytes, mmap.PAGESIZE, anonymous=False)
 
 
 def _uffd(address: int, nbytes: int) -> tuple[SyncPort, Pages]:

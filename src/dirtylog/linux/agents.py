@@ -7,17 +7,22 @@ that has it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import socket
 import struct
 import threading
+import time
+import warnings
 
+from dirtylog.errors import DirtyLogError
 from dirtylog.linux.signals import block_signals
 from dirtylog.linux.userfaultfd import Userfaultfd, new_userfaultfd
 
 _GREETING = b"dirtylog-agent 1"
 _SECONDS = 5.0
+_NAP_SECONDS = 0.05
 _CREDENTIALS = struct.Struct("3i")
 _PR_SET_PTRACER = 0x59616D61
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -38,19 +43,27 @@ class Agent:
 
     def _listen(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.bind(address_of(os.getpid()))
-        self._socket.listen()
+        try:
+            self._socket.bind(address_of(os.getpid()))
+            self._socket.listen()
+        except OSError as error:
+            # Anybody may take the address first, which must not keep the program from running.
+            self._socket.close()
+            warnings.warn(f"this process runs without dirtylog's agent: {error}", RuntimeWarning, stacklevel=2)
+            return
         threading.Thread(target=self._serve, args=(self._socket,), name="dirtylog-agent", daemon=True).start()
 
     def _serve(self, listener: socket.socket) -> None:
         block_signals()
         while True:
-            connection, _ = listener.accept()
-            with connection:
-                try:
-                    self._answer(connection)
-                except OSError:
-                    continue  # it has gone away
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                time.sleep(_NAP_SECONDS)  # this process is out of descriptors
+                continue
+            # He who asked goes away, or this process can have no userfaultfd: who asks next is answered.
+            with connection, contextlib.suppress(OSError, DirtyLogError):
+                self._answer(connection)
 
     def _answer(self, connection: socket.socket) -> None:
         pid, uid, _ = _peer(connection)

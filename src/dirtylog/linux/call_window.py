@@ -28,7 +28,8 @@ from dirtylog.errors import AccessDeniedError, DirtyLogError, TargetGoneError, U
 from dirtylog.linux.arch.architecture import Frame, Gadgets, R
 from dirtylog.linux.mappings import Mapping, read_mappings
 from dirtylog.linux.preflight import check_has_memory, read_status
-from dirtylog.linux.ptrace import ALL_SIGNALS, ATTACH_REMEDY, INTERRUPTED, Event, Request, RseqConfiguration, SyscallUserDispatch
+from dirtylog.linux.ptrace import ALL_SIGNALS, ATTACH_REMEDY
+from dirtylog.linux.ptrace_abi import INTERRUPTED, Event, Request, RseqConfiguration, SyscallUserDispatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,8 @@ from dirtylog.errors import DirtyLogError, TargetGoneError, UnsupportedError
 from dirtylog.linux.arch import host_architecture
 from dirtylog.linux.call_window import enter_call, has_signal
 from dirtylog.linux.preflight import has_ended, read_status
-from dirtylog.linux.ptrace import Option, Tracee, let_go_if_ended, lives
+from dirtylog.linux.ptrace import Tracee, let_go_if_ended, lives
+from dirtylog.linux.ptrace_abi import Option
 from dirtylog.linux.signals import block_signals
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from dirtylog.linux import abi
 from dirtylog.linux.arch import host_architecture
 from dirtylog.linux.call_window import CallWindow, Code, TryAnotherError, find_code, open_memory
 from dirtylog.linux.preflight import check_process, has_ended, read_status, threads_by_preference
-from dirtylog.linux.ptrace import ATTACH_REMEDY, Option, Tracee, let_go_if_ended, lives
+from dirtylog.linux.ptrace import ATTACH_REMEDY, Tracee, let_go_if_ended, lives
+from dirtylog.linux.ptrace_abi import Option
 from dirtylog.linux.signals import block_signals
 from dirtylog.linux.userfaultfd import FLAGS, Userfaultfd
 
@@ -128,8 +129,10 @@ def _seized(pid: int, tid: int) -> Iterator[Tracee]:
         tracee = Tracee(pid, tid, Option.TRACESYSGOOD)
         tracee.stop()
     except (TargetGoneError, AccessDeniedError) as error:
-        # To attach to one that has ended is EPERM.
+        # To attach to one that has ended is EPERM, too, and so it is to one that is traced.
         if not has_ended(pid, tid):
+            if tracer := read_status(pid, tid).tracer:
+                raise TryAnotherError(f"thread {tid} is being traced by process {tracer}") from error
             raise
         let_go_if_ended(pid, tid)
         raise TryAnotherError(f"thread {tid} has ended") from error

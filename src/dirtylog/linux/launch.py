@@ -27,7 +27,8 @@ from dirtylog.linux.arch import host_architecture
 from dirtylog.linux.call_window import CallWindow, find_code, open_memory
 from dirtylog.linux.injection import take_userfaultfd
 from dirtylog.linux.preflight import GONE, read_status
-from dirtylog.linux.ptrace import INTERRUPTED, PEEK, STOPPED, WAIT, Event, Option, Request, Stop, Tracee, stop_of
+from dirtylog.linux.ptrace import Tracee
+from dirtylog.linux.ptrace_abi import INTERRUPTED, PEEK, STOPPED, WAIT, Event, Option, Request, Stop, stop_of
 from dirtylog.linux.signals import block_signals
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ GONE = "ZXx"
 
 
 class Status(NamedTuple):
-    """What /proc/PID/status says that matters here. ``pinned`` is in bytes, ``threads`` how many the process has."""
+    """What /proc/PID/status says that matters here. ``pinned`` is in bytes; ``threads`` are how many, of the process ``tgid``."""
 
     state: str
     tracer: int
@@ -31,6 +32,7 @@ class Status(NamedTuple):
     pinned: int
     shadow_stack: bool
     threads: int
+    tgid: int
 
 
 def read_status(pid: int, tid: int | None = None) -> Status:
@@ -40,6 +42,8 @@ def read_status(pid: int, tid: int | None = None) -> Status:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except (FileNotFoundError, ProcessLookupError) as error:
         raise TargetGoneError(f"there is no process {pid}", pid=pid) from error
+    except PermissionError as error:
+        raise AccessDeniedError(f"process {pid} is hidden", errno=error.errno, pid=pid, remedy=ATTACH_REMEDY) from error
     values = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
     return Status(
         state=values.get("State", "?")[:1],
@@ -49,6 +53,7 @@ def read_status(pid: int, tid: int | None = None) -> Status:
         pinned=int(values.get("VmPin", "0 kB").split()[0]) << 10,
         shadow_stack="shstk" in values.get("x86_Thread_features", ""),
         threads=int(values.get("Threads", 0)),
+        tgid=int(values.get("Tgid", pid)),
     )
 
 
@@ -61,7 +66,9 @@ def has_ended(pid: int, tid: int) -> bool:
 
 
 def check_has_memory(pid: int, status: Status) -> None:
-    """Raise what there is to say of a process without memory: it has ended, or it is the kernel's."""
+    """Raise what there is to say of a process without memory of its own: it has ended, or is the kernel's, or another's thread."""
+    if status.tgid != pid:
+        raise InvalidArgumentError(f"{pid} is a thread, not a process", pid=pid, remedy=f"name its process, {status.tgid} (Tgid)")
     if status.state in GONE:
         if runs_without_first(pid):
             raise UnsupportedError(
@@ -96,6 +103,8 @@ def runs_without_first(pid: int) -> bool:
 
 def check_process(pid: int, architecture: Architecture[Any]) -> Status:
     """Return the status of a process in which a system call can be made, or raise why it cannot."""
+    if pid == os.getpid():
+        raise InvalidArgumentError(f"{pid} is this process", pid=pid, remedy="use dirtylog.track for memory of its own")
     status = read_status(pid)
     check_has_memory(pid, status)
     if status.tracer:

@@ -8,7 +8,6 @@ import select
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -320,8 +319,8 @@ def _open_process(pid: int) -> int:
     except OverflowError as error:
         raise InvalidArgumentError(f"{pid} is not a process id: it is too large") from error
     except OSError as error:
-        if pid > 0 and Path(f"/proc/{pid}").exists() and not Path(f"/proc/{pid}/task/{pid}").exists():
-            raise InvalidArgumentError(f"{pid} is a thread, not a process", pid=pid, remedy="name its process (Tgid)") from error
+        if pid > 0:
+            check_has_memory(pid, read_status(pid))
         if error.errno == errno.EINVAL:
             raise InvalidArgumentError(f"{pid} is not a process id", pid=pid) from error
         raise TargetGoneError(f"there is no process {pid}", pid=pid) from error

@@ -6,11 +6,12 @@ import ctypes
 import errno
 import mmap
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from dirtylog.errors import AccessDeniedError, DirtyLogError, TargetGoneError
+from dirtylog.linux.mappings import Mapping, read_mappings
 from dirtylog.linux.ptrace import ATTACH_REMEDY
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 _IOV_MAX = 1024
 # Of one call: the kernel takes at most 2 GiB, and a call that is not too long can be interrupted.
 _CALL_BYTES = 256 << 20
+# Of what comes through /proc/PID/mem in one step.
+_PIECE_BYTES = 1 << 20
+_TOP = 1 << 64
 _libc = ctypes.CDLL(None, use_errno=True)
 for _call in (_libc.process_vm_readv, _libc.process_vm_writev):
     _call.restype = ctypes.c_ssize_t
@@ -46,20 +50,86 @@ def read_runs(pid: int, runs: NDArray[np.uint64], out: NDArray[np.uint8]) -> Non
 
     What process_vm_readv may not read (PROT_NONE) comes through /proc/PID/mem; what is not mapped reads as zeros.
     """
-    _transfer(_libc.process_vm_readv, pid, runs, out, _read_page)
+    with _Memory(pid, os.O_RDONLY) as memory:
+        _transfer(_libc.process_vm_readv, runs, out, memory, memory.read)
 
 
 def write_runs(pid: int, runs: NDArray[np.uint64], data: NDArray[np.uint8]) -> None:
     """Write ``data`` to runs of (address, bytes); what process_vm_writev may not write comes through /proc/PID/mem."""
-    _transfer(_libc.process_vm_writev, pid, runs, data, _write_page)
+    with _Memory(pid, os.O_RDWR) as memory:
+        _transfer(_libc.process_vm_writev, runs, data, memory, memory.write)
+
+
+class _Memory:
+    """/proc/PID/mem, opened when it is needed, and what is mapped, for runs that the batched calls may not touch."""
+
+    def __init__(self, pid: int, mode: int) -> None:
+        self.pid = pid
+        self._mode = mode
+        self._fd = -1
+        self._mappings: list[Mapping] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def _open(self) -> int:
+        if self._fd < 0:
+            try:
+                self._fd = os.open(f"/proc/{self.pid}/mem", self._mode | os.O_CLOEXEC)
+            except OSError as error:
+                raise _error(self.pid, error.errno or 0) from error
+            self._mappings = read_mappings(self.pid)
+        return self._fd
+
+    def read(self, address: int, part: NDArray[np.uint8]) -> int:
+        """Read what can be had in one step at an address, and return how many bytes that is."""
+        memory = self._open()
+        start, end = next(((one.start, one.end) for one in self._mappings if address < one.end), (_TOP, _TOP))
+        if address < start:
+            # Nothing was mapped there at the moment of the look.
+            nbytes = min(len(part), start - address)
+            part[:nbytes] = 0
+            return nbytes
+        for nbytes in {min(len(part), end - address, _PIECE_BYTES): 0, _to_the_next_page(address, len(part)): 0}:
+            try:
+                data = os.pread(memory, nbytes, address)
+            except OSError:
+                continue  # not mapped any more, or beyond the end of a file (EIO)
+            if not data:
+                raise _error(self.pid, errno.ESRCH)
+            part[: len(data)] = np.frombuffer(data, np.uint8)
+            return len(data)
+        part[:nbytes] = 0
+        return nbytes
+
+    def write(self, address: int, part: NDArray[np.uint8]) -> int:
+        """Write up to the end of a page, and return how many bytes that is."""
+        nbytes = _to_the_next_page(address, len(part))
+        try:
+            done = os.pwrite(self._open(), part[:nbytes].tobytes(), address)
+        except OSError as error:
+            raise DirtyLogError(
+                f"address {address:#x} of process {self.pid} cannot be written", pid=self.pid, reason=error.strerror
+            ) from error
+        if not done:
+            raise _error(self.pid, errno.ESRCH)
+        return done
+
+
+def _to_the_next_page(address: int, nbytes: int) -> int:
+    return min(mmap.PAGESIZE - address % mmap.PAGESIZE, nbytes)
 
 
 def _transfer(
     call: Callable[..., int],
-    pid: int,
     runs: NDArray[np.uint64],
     flat: NDArray[np.uint8],
-    one_page: Callable[[int, int, NDArray[np.uint8]], None],
+    memory: _Memory,
+    otherwise: Callable[[int, NDArray[np.uint8]], int],
 ) -> None:
     remote = runs.copy()
     address = flat.ctypes.data
@@ -72,26 +142,25 @@ def _transfer(
         # Safe: the local buffer has room for what the remote runs of this call are long, for flat has room for all.
         total = min(int(lengths[count - 1]), _CALL_BYTES)
         local[0], local[1] = address + done, total
-        moved = call(pid, local.ctypes.data, 1, batch.ctypes.data, count, 0)
+        moved = call(memory.pid, local.ctypes.data, 1, batch.ctypes.data, count, 0)
         if moved < 0:
             code = ctypes.get_errno()
             if code != errno.EFAULT:
-                raise _error(pid, code)
+                raise _error(memory.pid, code)
             moved = 0
         if moved < total:
             where, nbytes = _stopped_at(batch, lengths, moved)
-            one_page(pid, where, flat[done + moved : done + moved + nbytes])
-            moved += nbytes
+            moved += otherwise(where, flat[done + moved : done + moved + nbytes])
         done += moved
         index += _consume(batch, lengths, moved)
 
 
 def _stopped_at(batch: NDArray[np.uint64], lengths: NDArray[np.int64], moved: int) -> tuple[int, int]:
-    """Return the address at which a call stopped, and the bytes from there to the end of its page or run."""
+    """Return the address at which a call stopped, and the bytes from there to the end of its run."""
     run = int(np.searchsorted(lengths, moved, side="right"))
     into = moved - (int(lengths[run - 1]) if run else 0)
     address = int(batch[run, 0]) + into
-    return address, min(mmap.PAGESIZE - address % mmap.PAGESIZE, int(batch[run, 1]) - into)
+    return address, int(batch[run, 1]) - into
 
 
 def _consume(batch: NDArray[np.uint64], lengths: NDArray[np.int64], moved: int) -> int:
@@ -102,34 +171,6 @@ def _consume(batch: NDArray[np.uint64], lengths: NDArray[np.int64], moved: int) 
         batch[run, 0] += np.uint64(into)
         batch[run, 1] -= np.uint64(into)
     return run
-
-
-def _read_page(pid: int, address: int, part: NDArray[np.uint8]) -> None:
-    part[:] = 0
-    try:
-        memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise _error(pid, error.errno or 0) from error
-    try:
-        data = os.pread(memory, len(part), address)
-    except OSError:
-        return  # not mapped (EIO)
-    finally:
-        os.close(memory)
-    part[: len(data)] = np.frombuffer(data, np.uint8)
-
-
-def _write_page(pid: int, address: int, part: NDArray[np.uint8]) -> None:
-    try:
-        memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise _error(pid, error.errno or 0) from error
-    try:
-        os.pwrite(memory, part.tobytes(), address)
-    except OSError as error:
-        raise DirtyLogError(f"address {address:#x} of process {pid} cannot be written", pid=pid, reason=error.strerror) from error
-    finally:
-        os.close(memory)
 
 
 def _error(pid: int, code: int) -> DirtyLogError:

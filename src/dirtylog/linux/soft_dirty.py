@@ -79,8 +79,8 @@ class SoftDirtyPort(SyncPort):
 
     def _take_all(self) -> None:
         was_frozen = self._freezer.frozen
-        self._freezer.freeze()
         try:
+            self._freezer.freeze()
             for slot in self._logged:
                 if slot.dirty_bitmap is not None:
                     for first in range(0, slot.npages, _PIECE_PAGES):

@@ -39,10 +39,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from dirtylog.errors import UnsupportedError
 from dirtylog.linux.arch.architecture import Architecture, Frame, Gadgets
 from dirtylog.linux.layout import U16, U32, U64, Struct, offset_of, struct
-from dirtylog.linux.ptrace import INTERRUPTED, Event, Request
+from dirtylog.linux.ptrace_abi import INTERRUPTED, Event, Request
 
 if TYPE_CHECKING:
-    from dirtylog.linux.ptrace import SystemCall, Tracee
+    from dirtylog.linux.ptrace import Tracee
+    from dirtylog.linux.ptrace_abi import SystemCall
 
 # include/uapi/linux/elf.h
 _NT_PRSTATUS = 1
