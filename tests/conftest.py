@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,10 @@ LONG = (
 )
 """Slow, and sensitive to other load: ``make test-long`` runs them."""
 collect_ignore = [] if os.environ.get("DIRTYLOG_LONG") else [str(Path(__file__).with_name(name)) for name in LONG]
+
+# Who runs the tests in the background of a script has SIGINT ignored, and so would have what they start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CROSS_TOOLS = ("aarch64", "arm", "mips", "powerpc", "powerpc64", "riscv64", "s390x", "x86_64")
 
