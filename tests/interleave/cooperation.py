@@ -11,10 +11,14 @@ if TYPE_CHECKING:
 
 
 class StepLock:
-    """A lock. To take it is a step; to let it go is one too, if others could have come in between."""
+    """A lock. To take it is a step; to let it go is one too, if others could have come in between.
 
-    def __init__(self, run: Run, name: str, *, reentrant: bool = False) -> None:
+    ``reads`` is what who has it looks at without a lock of its own.
+    """
+
+    def __init__(self, run: Run, name: str, *, reentrant: bool = False, reads: tuple[str, ...] = ()) -> None:
         self.name = name
+        self._reads = reads
         self._run = run
         self._reentrant = reentrant
         self._owner: Actor | None = None
@@ -35,7 +39,7 @@ class StepLock:
         intent = f"takes {self.name}"
         if current is not None and current.intent:
             intent, current.intent = current.intent, ""
-        self._run.step(intent, writes=[self.name], possible=lambda: not self._depth)
+        self._run.step(intent, reads=self._reads, writes=[self.name], possible=lambda: not self._depth)
         self._owner, self._depth, self._steps = current, 1, len(self._run.story)
         return True
 
@@ -76,7 +80,7 @@ class StepCondition:
     def wait(self) -> None:
         """Wait to be notified: for something to do."""
         before = self._notified
-        self._wait("enters the guest again", lambda: self._notified != before, idle=True)
+        self._wait("has something to do again", lambda: self._notified != before, idle=True)
 
     def wait_for(self, true: Callable[[], bool], timeout: float | None = None) -> bool:  # noqa: ARG002 - time stands still here
         """Wait until something is true."""
@@ -132,8 +136,7 @@ class StepTlb(dict[int, Any]):
         page = self._page_of(gfn)
         self._run.step(f"accesses {page}", reads=[f"vcpu-{self._vcpu}'s lock"], writes=[page])
         entry = super().get(gfn, default)
-        if self._run.current():
-            self._run.say("not in the TLB" if entry is None else f"through the TLB, {'writable' if entry[2] else 'read-only'}")
+        self._run.say("not in the TLB" if entry is None else f"through the TLB, {'writable' if entry[2] else 'read-only'}")
         return entry
 
     def peek(self, gfn: int) -> bool:

@@ -117,7 +117,8 @@ class Run:
 
     def say(self, what: str) -> None:
         """Add to the story what has become of a step."""
-        self.story[-1] += f": {what}"
+        if self.current() is not None:
+            self.story[-1] += f"{',' if ': ' in self.story[-1] else ':'} {what}"
 
     def settle(self) -> None:
         """Have actors that are new come to their first step."""
@@ -288,6 +289,8 @@ def _verdict(run: Run, scene: Scene) -> str | None:
     if stuck:
         return f"deadlock: {'; '.join(f'{actor.name} waits, who {actor.pending.what}' for actor in stuck if actor.pending)}"
     for actor in run.actors:
+        if isinstance(actor.error, ViolationError):
+            return str(actor.error)
         if actor.error is not None:
             return f"{actor.name} fails: {type(actor.error).__name__}: {actor.error}"
     return scene.check()

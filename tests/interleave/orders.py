@@ -156,12 +156,6 @@ class MarksAfterMapping(X86Port):
     def _mark(self, bitmap: SlotBitmap, page: int) -> None:
         with self.mmu_lock:
             bitmap.mark(page)
-            self.say(f"logs page {page}")
-
-    def say(self, what: str) -> None:
-        """Say it in the story, if one is being told."""
-        if self.run.current() is not None:
-            self.run.say(what)
 
 
 class MarksWithoutLock(MarksAfterMapping):

@@ -37,15 +37,13 @@ class StepRing(DirtyRing):
     def waiting(self) -> int:
         self.run.step("reads the flags", reads=[_RING])
         count = super().waiting()
-        if self.run.current() is not None:
-            self.run.say(f"{count} entries are dirty")
+        self.run.say(f"{count} entries are dirty")
         return count
 
     def ahead(self, count: int, start: int = 0) -> NDArray[np.void]:
         self.run.step("reads the entries", reads=[_RING])
         entries = super().ahead(count, start)
-        if self.run.current() is not None:
-            self.run.say(f"pages {', '.join(map(str, entries['offset'].tolist()))}")
+        self.run.say(f"pages {', '.join(map(str, entries['offset'].tolist()))}")
         return entries
 
     def give(self, count: int) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 import dirtylog.guests.vcpu as vcpu_module
 from dirtylog import DirtyBitmap
+from dirtylog.emulated.arch.ppc_hv import PpcHvPort
 from dirtylog.emulated.cpu_trace import Access, TraceCpu
 from dirtylog.emulated.machine import EmulatedMemory
 from dirtylog.emulated.port import PAGE_SHIFT
@@ -81,7 +82,9 @@ class GuestScene:
         self.slot = self.memory.slots[SLOT]
         self.copy = self.memory.read(SLOT, range(NPAGES))
         self.memory.slots.lock = cast("Any", StepLock(run, "slots_lock", reentrant=True))
-        self.memory.port.mmu_lock = StepLock(run, "mmu_lock")
+        # A sync of ppc-hv looks whether vCPUs are in the guest, without their locks.
+        looks_at = tuple(f"vcpu-{index}'s lock" for index in range(len(self._traces))) if self._port is PpcHvPort else ()
+        self.memory.port.mmu_lock = StepLock(run, "mmu_lock", reads=looks_at)
         before = vcpu_module.__dict__["threading"]
         vcpu_module.__dict__["threading"] = StepThreading(run)
         try:
@@ -90,6 +93,7 @@ class GuestScene:
             if self._change is not None:
                 self._change(self)
             self.put_up()
+            self._tell_what_is_taken()
             for vcpu in self.memory.vcpus:
                 self._tell_intents(vcpu)
                 vcpu.resume()
@@ -115,7 +119,7 @@ class GuestScene:
         """Say what a vCPU's lock is taken for."""
         name = f"vcpu-{vcpu.index}"
         for method, intent in {
-            "_enter": "flushes if it was asked to, and enters the guest if there is something to do",
+            "_enter": "serves requests, and enters the guest if it may",
             "_left": "leaves the guest",
             "request_flush": f"asks {name} to flush",
             "wait_flushed": f"waits for {name}",
@@ -123,6 +127,24 @@ class GuestScene:
             "wait_outside": f"waits for {name}",
         }.items():
             setattr(vcpu, method, self._with_intent(getattr(vcpu, method), intent))
+
+    def _tell_what_is_taken(self) -> None:
+        """Say what becomes of the bitmap, and what is protected."""
+        bitmap, port = cast("Any", self.slot.dirty_bitmap), cast("Any", self.memory.port)
+
+        def told(call: Callable[..., Any], what: Callable[..., str]) -> Callable[..., Any]:
+            def tell(*arguments: Any) -> Any:
+                result = call(*arguments)
+                self.run.say(what(result, *arguments))
+                return result
+
+            return tell
+
+        bitmap.mark = told(bitmap.mark, lambda _, page: f"sets the bit of page {page}")
+        bitmap.exchange = told(bitmap.exchange, lambda words: f"takes and clears {bits(words)}")
+        bitmap.read = told(bitmap.read, lambda words: f"reads {bits(words)}")
+        if isinstance(self.memory.port, ProtectPort):
+            port.enable_log_dirty = told(port.enable_log_dirty, lambda _, __, words: f"protects {bits(words)}")
 
     def _with_intent(self, call: Callable[..., Any], intent: str) -> Callable[..., Any]:
         def told(*arguments: Any, **named: Any) -> Any:
@@ -229,6 +251,12 @@ class GuestScene:
                 vcpu.cpu.flush_tlb()
                 self.memory.port.tlb_flushed(vcpu.index)
                 vcpu._flushes_done = vcpu._flushes_asked
+
+
+def bits(words: DirtyWords) -> str:
+    """Return the pages of words in words."""
+    pages = words.pages().tolist()
+    return named(pages) if pages else "nothing"
 
 
 def named(pages: Sequence[int]) -> str:
