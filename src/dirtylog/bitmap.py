@@ -83,7 +83,10 @@ class DirtyBitmap:
         A wrong length, or a bit past ``npages``, is an :class:`InvalidArgumentError`.
         """
         bitmap = cls(npages)
-        octets = np.frombuffer(data, np.uint8)
+        try:
+            octets = np.frombuffer(data, np.uint8)
+        except BufferError as error:
+            raise InvalidArgumentError("a bitmap's bytes must lie one after the other", reason=str(error)) from error
         wanted = word_count(npages) * _WORD_BYTES
         if len(octets) != wanted:
             raise InvalidArgumentError(

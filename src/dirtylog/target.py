@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SIZE = "64MiB"
 DEFAULT_PROGRAM = "sweep"
+_PID_DIGITS = 20
 _TARGETS = "emu:ARCH, emu:ARCH:PROGRAM, kvm, kvm:PROGRAM, pid:N, or a command as a list of words"
 
 
@@ -103,7 +104,7 @@ def _open_process(target: str | Sequence[str], options: ProcessOptions) -> Proce
             launched.close()
             raise
     number = target.removeprefix("pid:")
-    if not (number.isascii() and number.isdigit()):
+    if not (number.isascii() and number.isdigit() and len(number) <= _PID_DIGITS):
         raise InvalidArgumentError(f"target {target!r}: write pid: and the number of a process")
     return ProcessMemory(int(number), options)
 

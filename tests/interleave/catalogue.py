@@ -66,6 +66,9 @@ def _ports() -> list[Question]:
 SAFE = [
     *_ports(),
     Question("two getters, one vCPU, all schedules", guest([[0, 0]], TWO)),
+    Question(
+        "a vCPU between its miss and the fill of its TLB, with a cold TLB and two getters", guest([[1]], TWO, cold=True), bound=3
+    ),
     Question("one getter, two vCPUs, all schedules", guest([[0], [0]])),
     Question("one getter, two vCPUs with cold TLBs", guest([[0, 1], [1]], cold=True), bound=2),
     Question("two getters, two vCPUs", guest([[0], [1]], TWO), bound=1),

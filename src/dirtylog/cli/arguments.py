@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import threading
 from typing import TYPE_CHECKING
 
 from dirtylog.errors import DirtyLogError, InvalidArgumentError
@@ -43,8 +44,8 @@ def seconds(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0")
+    if not 0 < value <= threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0, and at most {threading.TIMEOUT_MAX:.0f}")
     return value
 
 
@@ -69,7 +70,11 @@ def address(text: str) -> int:
 
 def check_output(path: Path, *, force: bool) -> None:
     """Refuse a file that exists, unless it may be replaced, or that lies in no directory."""
-    if path.exists() and not force:
+    try:
+        exists, in_directory = path.exists(), path.absolute().parent.is_dir()
+    except OSError as error:
+        raise InvalidArgumentError(f"{str(path)!r} cannot be written", reason=error.strerror) from error
+    if exists and not force:
         raise InvalidArgumentError(f"{str(path)!r} exists", remedy="choose another name, or replace it with -f")
-    if not path.absolute().parent.is_dir():
+    if not in_directory:
         raise InvalidArgumentError(f"{str(path)!r} cannot be written: there is no directory {str(path.parent)!r}")

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dirtylog.errors import InvalidArgumentError, UnsupportedError
 
 ELF_MAGIC = b"\x7fELF"
+MAX_BYTES = 256 << 20
+"""The longest file that is read: a guest program has no need of more."""
+_COPIES = 8
+_PIECE = 64 << 10
+_PN_XNUM = 0xFFFF  # gABI: the number of program headers stands elsewhere
 
 _ISA_OF_ELF = {
     "EM_X86_64": "x86",
@@ -67,10 +74,14 @@ class Image:
         be read or is no program for a guest; :class:`UnsupportedError` if it is ELF and pyelftools is not installed.
         """
         try:
-            data = Path(path).read_bytes()
+            with Path(path).open("rb") as file:
+                # Piece by piece: what is read at once is allocated before, and a device has no end.
+                data = b"".join(itertools.islice(iter(partial(file.read, _PIECE), b""), MAX_BYTES // _PIECE + 1))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise InvalidArgumentError(f"cannot read the image {str(path)!r}", reason=reason) from error
+        if len(data) > MAX_BYTES:
+            raise InvalidArgumentError(f"cannot read the image {str(path)!r}", reason=f"it has more than {MAX_BYTES >> 20} MiB")
         if not data.startswith(ELF_MAGIC):
             return cls.raw(data, load=load or 0, entry=entry, halt=halt)
         if load is not None:
@@ -87,6 +98,7 @@ class Image:
 def _read_elf(data: bytes, name: str) -> tuple[tuple[Segment, ...], int, str]:
     try:
         elffile = importlib.import_module("elftools.elf.elffile")
+        utils = importlib.import_module("elftools.common.utils")
     except ImportError as error:
         raise UnsupportedError(
             f"{name!r} is an ELF file, and pyelftools is not installed", remedy="install it: pip install 'dirtylog[elf]'"
@@ -94,7 +106,12 @@ def _read_elf(data: bytes, name: str) -> tuple[tuple[Segment, ...], int, str]:
     try:
         elf: Any = elffile.ELFFile(io.BytesIO(data))
         machine, kind, entry = elf["e_machine"], elf["e_type"], elf["e_entry"]
-        headers = [part.header for part in elf.iter_segments() if part.header.p_type == "PT_LOAD" and part.header.p_memsz]
+        if elf["e_phnum"] >= _PN_XNUM or (elf["e_phnum"] and elf["e_phentsize"] < elf.structs.Elf_Phdr.sizeof()):
+            raise ValueError("its program headers are too many or too short")  # noqa: TRY301 - said as what the parser says
+        # Not by iter_segments: it makes an object of every segment, and goes through all sections for each dynamic one.
+        places = [elf["e_phoff"] + number * elf["e_phentsize"] for number in range(elf["e_phnum"])]
+        parts = [utils.struct_parse(elf.structs.Elf_Phdr, elf.stream, stream_pos=place) for place in places]
+        headers = [part for part in parts if part.p_type == "PT_LOAD" and part.p_memsz]
     except Exception as error:  # pyelftools raises what its parsers raise, of many kinds
         raise InvalidArgumentError(f"{name!r} begins as an ELF file but cannot be parsed", reason=str(error)) from error
     isa = _ISA_OF_ELF.get(machine)
@@ -111,5 +128,7 @@ def _read_elf(data: bytes, name: str) -> tuple[tuple[Segment, ...], int, str]:
             )
         if part.p_filesz > part.p_memsz or part.p_offset + part.p_filesz > len(data):
             raise InvalidArgumentError(f"{name!r} is cut short: a segment has {part.p_filesz} bytes at offset {part.p_offset}")
+    if sum(part.p_filesz for part in headers) > _COPIES * len(data):
+        raise InvalidArgumentError(f"{name!r} has segments that share their bytes: together they have {_COPIES} times the file's")
     segments = tuple(Segment(part.p_paddr, data[part.p_offset : part.p_offset + part.p_filesz], part.p_memsz) for part in headers)
     return segments, entry, isa

@@ -93,7 +93,11 @@ def ask_agent(pid: int) -> Userfaultfd | None:
             return None
     if not fds:
         return None
-    uffd = Userfaultfd(fds[0])
+    try:
+        uffd = Userfaultfd(fds[0])
+    except OSError:  # a directory
+        os.close(fds[0])
+        return None
     if greeting != _GREETING:
         uffd.close()
         return None

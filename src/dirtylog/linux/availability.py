@@ -8,6 +8,7 @@ from pathlib import Path
 from dirtylog.compare import ComparePort
 from dirtylog.errors import DirtyLogError
 from dirtylog.linux.arch import host_architecture
+from dirtylog.linux.preflight import status_lines
 from dirtylog.linux.probe import sees_discarded_tables
 from dirtylog.linux.soft_dirty import SoftDirtyPort, missing_soft_dirty
 from dirtylog.linux.uffd_port import UffdPort
@@ -125,7 +126,7 @@ def _discard_fact() -> Fact:
 
 
 def _capabilities() -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+    for line in status_lines(Path("/proc/self/status")):
         if line.startswith("CapEff:"):
             return int(line.split()[1], 16)
     return 0

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 from dirtylog.errors import AccessDeniedError, DirtyLogError, TargetGoneError, UnsupportedError
 from dirtylog.linux.arch.architecture import Frame, Gadgets, R
 from dirtylog.linux.mappings import Mapping, read_mappings
-from dirtylog.linux.preflight import check_has_memory, read_status
+from dirtylog.linux.preflight import check_has_memory, read_status, status_lines
 from dirtylog.linux.ptrace import ALL_SIGNALS, ATTACH_REMEDY
 from dirtylog.linux.ptrace_abi import INTERRUPTED, Event, Request, RseqConfiguration, SyscallUserDispatch
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from dirtylog.linux.ptrace import Tracee
 
 _SIGNALS = 64
+# What pread takes, with room for the section: behind it are the kernel's addresses.
+_LARGEST_OFFSET = (1 << 63) - 1 - 32
 _MASKS = ("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt")
 _IGNORED_BY_DEFAULT = sum(1 << sig - 1 for sig in (signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH))
 
@@ -229,7 +231,7 @@ def has_signal(tracee: Tracee) -> bool:
 
 def _signals(tracee: Tracee) -> dict[str, int]:
     """Return the sets of signals that the kernel shows of a thread, one bit each."""
-    lines = Path(f"/proc/{tracee.pid}/task/{tracee.tid}/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = status_lines(Path(f"/proc/{tracee.pid}/task/{tracee.tid}/status"))
     return {key: int(value, 16) for key, _, value in (line.partition(":\t") for line in lines) if key in _MASKS}
 
 
@@ -241,7 +243,7 @@ def _is_ignored(sig: int, masks: dict[str, int]) -> bool:
 def _in_critical_section(memory: int, rseq: int, counter: int) -> bool:
     """Return whether a thread is in a restartable sequence (struct rseq_cs), which another program counter would end."""
     section = int.from_bytes(os.pread(memory, 8, rseq + 8), "little")
-    if not section:
+    if not 0 < section <= _LARGEST_OFFSET:
         return False
     start, length = (int.from_bytes(os.pread(memory, 8, section + offset), "little") for offset in (8, 16))
     return 0 <= counter - start < length

@@ -98,10 +98,15 @@ class Launched:
         gate, open_gate = os.pipe()
         answer, give_answer = os.pipe()
         try:
-            self._process = subprocess.Popen(  # noqa: S603 - to start the user's program is what this is for
-                (sys.executable, "-I", "-S", "-c", _STUB, str(gate), str(give_answer), *command),
-                pass_fds=(gate, give_answer),
-            )
+            try:
+                self._process = subprocess.Popen(  # noqa: S603 - to start the user's program is what this is for
+                    (sys.executable, "-I", "-S", "-c", _STUB, str(gate), str(give_answer), *command),
+                    pass_fds=(gate, give_answer),
+                )
+            except (OSError, UnicodeError) as error:
+                if isinstance(error, OSError) and error.errno != errno.E2BIG:
+                    raise
+                raise InvalidArgumentError(f"{command[0]!r} cannot be executed", reason=str(error)) from error
             self.pid = self._process.pid
             os.close(give_answer)
             give_answer = -1

@@ -96,6 +96,8 @@ def _mapping(line: str) -> Mapping:
     if match is None:
         raise DirtyLogError(f"a line of maps that cannot be read: {line!r}")
     start, end, permissions, offset, device, inode, name = match.groups()
+    if int(start, 16) >= int(end, 16):
+        raise DirtyLogError(f"a line of maps that cannot be read: {line!r}", reason="it ends before it begins")
     return Mapping(int(start, 16), int(end, 16), permissions, int(offset, 16), f"{device} {inode}", name)
 
 
@@ -166,7 +168,7 @@ class PageSizes:
         """Do it as before Linux 6.11, which walks all of the process's memory."""
         here = False
         try:
-            with Path(f"/proc/{self.pid or 'self'}/smaps").open(encoding="utf-8", errors="surrogateescape") as lines:
+            with Path(f"/proc/{self.pid or 'self'}/smaps").open(encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
                 for line in lines:
                     if line.startswith(f"{mapping.start:08x}-"):
                         here = True

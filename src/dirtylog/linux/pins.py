@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from dirtylog.linux.preflight import read_status
 
-_BUFFER = re.compile(r"^\s*\d+: 0x([0-9a-f]+)/(\d+)$", re.MULTILINE)
+_BUFFER = re.compile(r"^ *\d+: 0x([0-9a-f]{1,16})/(\d{1,20})$", re.MULTILINE)
 
 
 class Pins(NamedTuple):

@@ -35,26 +35,34 @@ class Status(NamedTuple):
     tgid: int
 
 
+def status_lines(path: Path) -> list[str]:
+    """Return the lines of a status. By newlines alone, which the kernel escapes in names: these may have anything else in them."""
+    return path.read_bytes().decode("utf-8", "replace").split("\n")
+
+
 def read_status(pid: int, tid: int | None = None) -> Status:
     """Return the status of a process, or of one of its threads; :class:`TargetGoneError` if there is none."""
     path = Path(f"/proc/{pid}/status" if tid is None else f"/proc/{pid}/task/{tid}/status")
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = status_lines(path)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise TargetGoneError(f"there is no process {pid}", pid=pid) from error
     except PermissionError as error:
         raise AccessDeniedError(f"process {pid} is hidden", errno=error.errno, pid=pid, remedy=ATTACH_REMEDY) from error
     values = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return Status(
-        state=values.get("State", "?")[:1],
-        tracer=int(values.get("TracerPid", 0)),
-        seccomp=values.get("Seccomp", "0") != "0",
-        has_memory="VmSize" in values,
-        pinned=int(values.get("VmPin", "0 kB").split()[0]) << 10,
-        shadow_stack="shstk" in values.get("x86_Thread_features", ""),
-        threads=int(values.get("Threads", 0)),
-        tgid=int(values.get("Tgid", pid)),
-    )
+    try:
+        return Status(
+            state=values.get("State", "?")[:1],
+            tracer=int(values.get("TracerPid", 0)),
+            seccomp=values.get("Seccomp", "0") != "0",
+            has_memory="VmSize" in values,
+            pinned=int(values.get("VmPin", "0 kB").split()[0]) << 10,
+            shadow_stack="shstk" in values.get("x86_Thread_features", ""),
+            threads=int(values.get("Threads", 0)),
+            tgid=int(values.get("Tgid", pid)),
+        )
+    except (ValueError, IndexError) as error:
+        raise DirtyLogError(f"the status of process {pid} cannot be read", pid=pid, reason=str(error)) from error
 
 
 def has_ended(pid: int, tid: int) -> bool:
@@ -89,7 +97,10 @@ def _is_of_the_kernel(pid: int) -> bool:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
     except OSError as error:
         raise TargetGoneError(f"there is no process {pid}", pid=pid) from error
-    return bool(int(fields[_FLAGS]) & _PF_KTHREAD)
+    try:
+        return bool(int(fields[_FLAGS]) & _PF_KTHREAD)
+    except (ValueError, IndexError) as error:
+        raise DirtyLogError(f"the stat of process {pid} cannot be read", pid=pid, reason=str(error)) from error
 
 
 def runs_without_first(pid: int) -> bool:
@@ -165,11 +176,13 @@ def threads_by_preference(pid: int, architecture: Architecture[Any]) -> list[int
     for entry in entries:
         tid = int(entry.name)
         try:
-            call = (entry / "syscall").read_text(encoding="ascii").split()
+            call = (entry / "syscall").read_bytes().split()
             state = read_status(pid, tid).state
+            number = -1 if call[:1] == [b"running"] else int(call[0])
         except (OSError, TargetGoneError):
             continue
+        except (ValueError, IndexError) as error:
+            raise DirtyLogError(f"the system call of thread {tid} cannot be read", pid=pid, reason=str(error)) from error
         if state not in "D" + GONE:
-            number = -1 if call[0] == "running" else int(call[0])
             ranked.append((0 if number in architecture.restartable else 1 if number < 0 else 2, tid))
     return [tid for _, tid in sorted(ranked)]

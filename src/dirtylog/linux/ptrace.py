@@ -249,10 +249,13 @@ def let_go_if_ended(pid: int, tid: int) -> None:
 
 def _sleeps_in(pid: int, tid: int) -> SystemCall | None:
     try:
-        words = Path(f"/proc/{pid}/task/{tid}/syscall").read_text(encoding="ascii").split()
+        words = Path(f"/proc/{pid}/task/{tid}/syscall").read_bytes().split()
     except OSError:
         return None
     if len(words) != len(("number", *range(6), "sp", "pc")):  # it runs, or sleeps for another reason
         return None
-    *arguments, stack_pointer, program_counter = (int(word, 16) for word in words[1:])
-    return SystemCall(int(words[0]), tuple(arguments), stack_pointer, program_counter)
+    try:
+        number, (*arguments, stack_pointer, program_counter) = int(words[0]), [int(word, 16) for word in words[1:]]
+    except ValueError as error:
+        raise DirtyLogError(f"the system call of thread {tid} cannot be read", pid=pid, reason=str(error)) from error
+    return SystemCall(number, tuple(arguments), stack_pointer, program_counter)
