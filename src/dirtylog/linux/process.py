@@ -14,7 +14,14 @@ import numpy as np
 
 from dirtylog.bitmap import checked_pages
 from dirtylog.compare import ComparePort
-from dirtylog.errors import AccessDeniedError, DirtyLogError, InvalidArgumentError, TargetGoneError, UnsupportedError
+from dirtylog.errors import (
+    AccessDeniedError,
+    CoverageLostError,
+    DirtyLogError,
+    InvalidArgumentError,
+    TargetGoneError,
+    UnsupportedError,
+)
 from dirtylog.linux.attach import Attached, attach
 from dirtylog.linux.freezer import Freezer
 from dirtylog.linux.mappings import Selection, read_mappings
@@ -134,6 +141,7 @@ class ProcessMemory:
 
     def update_slots(self) -> list[MemorySlot]:
         """Make slots of new mappings, drop those of mappings that are gone or are others now; return what is not logged yet."""
+        failure: DirtyLogError | None = None
         with self.slots.lock:
             for _ in range(_EXECS_AT_ONCE):
                 self.check_alive()
@@ -143,9 +151,12 @@ class ProcessMemory:
                     self._follows.follow(self, self._port)
                     # Not only those that are new: an interrupt may have come before those of the time before were logged.
                     return [slot for slot in self.slots if slot.dirty_bitmap is None]
-                except TargetGoneError:
-                    # It is ending, or it executes another program just now.
+                except (TargetGoneError, CoverageLostError) as error:
+                    # It is ending, or it executes another program just now, in the midst of which its first thread has left.
+                    failure = error
                     time.sleep(_EXEC_SECONDS)
+            if isinstance(failure, CoverageLostError):
+                raise failure
             raise TargetGoneError(f"process {self.pid} executes one program after the other, or is ending", pid=self.pid)
 
     def read(self, slot: int, pages: ArrayLike, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
