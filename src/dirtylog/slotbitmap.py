@@ -32,7 +32,8 @@ class SlotBitmap:
     The snapshot is recorded before the current words are cleared and stays until :meth:`commit`, so that at every instant
     each bit is in one of the two halves. Whatever ends a get early, an error or a Ctrl-C, :meth:`give_back` merges it again.
 
-    **Every method wants the port's mmu_lock held.** That makes the exchange atomic against every marker.
+    **Every method but** :meth:`commit` **wants the port's mmu_lock held.** That makes the exchange atomic against every marker. A
+    snapshot is its getter's alone, who holds slots_lock until it is committed.
     """
 
     def __init__(self, npages: int, *, all_set: bool = False) -> None:
