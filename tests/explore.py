@@ -24,7 +24,10 @@ def main() -> int:
         question = next((one for one in (*SAFE, *UNSAFE) if one.name == name), None)
         if question is None:
             parser.error(f"{name!r} is no question; they are: {', '.join(one.name for one in (*SAFE, *UNSAFE))}")
-        wrong, story = replay(question.scene(), seed)
+        try:
+            wrong, story = replay(question.scene(), seed)
+        except ValueError as error:
+            parser.error(str(error))
         print("\n".join(story), wrong or "nothing is lost", sep="\n")
         return 0
     wrong_answers = schedules = states = 0

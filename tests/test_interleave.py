@@ -211,6 +211,11 @@ def test_a_deadlock_is_found() -> None:
     assert explore(lambda: Toy({"a": takes("A", "B"), "b": takes("A", "B")})).violations == []
 
 
+def test_a_seed_of_another_scene_is_refused() -> None:
+    with pytest.raises(ValueError, match="'01z' is not of this scene: after 2 steps actor 35 cannot go on"):
+        replay(Toy({"a": adds_one, "b": adds_one}), "01z")
+
+
 def test_an_error_in_an_actor_is_told() -> None:
     def fails(toy: Toy) -> None:
         toy.run.step("fails")

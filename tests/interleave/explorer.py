@@ -214,12 +214,14 @@ def explore(scene: Callable[[], Scene], *, bound: int | None = None, stop_at_fir
 
 
 def replay(scene: Scene, seed: str) -> tuple[str | None, list[str]]:
-    """Run one schedule again; return what is wrong at its end, or None, and its story."""
+    """Run one schedule again; return what is wrong at its end, or None, and its story. ValueError for another scene's seed."""
     run = Run()
     scene.begin(run)
     try:
         run.settle()
         for number in (int(word, 36) for word in seed):
+            if number not in run.possible():
+                raise ValueError(f"seed {seed!r} is not of this scene: after {len(run.story)} steps actor {number} cannot go on")
             run.go(number)
         while possible := run.possible():
             run.go(possible[0])
