@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import threading
 from functools import partial
 from pathlib import Path
@@ -232,7 +233,9 @@ def test_who_does_not_end_is_told() -> None:
     assert "it does not end" in explore(lambda: Toy({"a": spins})).violations[0]
 
 
-def test_no_thread_is_left() -> None:
-    before = threading.active_count()
-    explore(SAFE[0].scene)
-    assert threading.active_count() == before
+@pytest.mark.parametrize("question", [SAFE[0], *(one for one in SAFE if "ring" in one.name)], ids=named)
+def test_nothing_is_left(question: Question) -> None:
+    threads, blocked = threading.active_count(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    explore(question.scene, bound=1)
+    assert threading.active_count() == threads
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked

@@ -14,6 +14,7 @@ that replays it.
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -79,6 +80,8 @@ class Run:
         self.actors: list[Actor] = []
         self.story: list[str] = []
         self._hub = getcurrent()
+        # All actors have one signal mask, which one may take for the mask of before that another has set.
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
     def actor(self, name: str, body: Callable[[], None]) -> Actor:
         """Add a logical thread."""
@@ -144,10 +147,11 @@ class Run:
         return [actor for actor in self.actors if actor.pending is not None and not actor.pending.idle]
 
     def close(self) -> None:
-        """End every coroutine."""
+        """End every coroutine, and leave no signal blocked."""
         for actor in self.actors:
             if not actor.over:
                 actor.coroutine.throw(GreenletExit)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def _live(self, actor: Actor) -> None:
         try:
