@@ -80,6 +80,7 @@ class Run:
         self.actors: list[Actor] = []
         self.story: list[str] = []
         self._hub = getcurrent()
+        self._closing = False
         # All actors have one signal mask, which one may take for the mask of before that another has set.
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
@@ -98,7 +99,14 @@ class Run:
         possible: Callable[[], bool] = _always,
         idle: bool = False,
     ) -> None:
-        """Wait to be chosen. Outside of actors, while a scene is put up or checked, there is nobody to wait for."""
+        """Wait to be chosen. Outside of actors, while a scene is put up or checked, there is nobody to wait for.
+
+        While an actor is being ended, what it does on its way out is no step; where it would wait for something to do, it ends.
+        """
+        if self._closing:
+            if idle:
+                raise GreenletExit
+            return
         current = getcurrent()
         for actor in self.actors:
             if actor.coroutine is current:
@@ -148,9 +156,11 @@ class Run:
 
     def close(self) -> None:
         """End every coroutine, and leave no signal blocked."""
+        self._closing = True
         for actor in self.actors:
             if not actor.over:
                 actor.coroutine.throw(GreenletExit)
+            assert actor.coroutine.dead, f"{actor.name} cannot be ended"
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def _live(self, actor: Actor) -> None:
