@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from dirtylog.port import Exactness
 
 DEFAULTS = ProcessOptions()
-_EXECS_AT_ONCE = 100
+_EXECS_AT_ONCE = 500
 _EXEC_SECONDS = 0.002
 
 
