@@ -15,6 +15,7 @@ import dirtylog
 from dirtylog import InvalidArgumentError, TargetGoneError
 from dirtylog.linux.launch import Launched
 from dirtylog.observe.rounds import rounds
+from known_limits import known_limit
 from launches import command, get_all, reports, rounds_of
 from victims import descriptors_of, needs_victims, same_descriptors, state_of, threads_of, tracer_of
 from writers import EARLY_PAGE, NPAGES, children, compiled, eventually, is_gone, pages_in_arena, writer
@@ -110,6 +111,7 @@ def test_each_program_of_a_chain_is_logged() -> None:
         assert memory.status == 0
 
 
+@known_limit
 def test_programs_that_execute_one_another_at_once() -> None:
     with command(*("exec", "exec", "exec", "exec", "exec"), "early", "store", "3", "exit", "4") as (memory, log):
         assert {3, EARLY_PAGE} <= set().union(*rounds_of(log))
