@@ -32,7 +32,7 @@ from dirtylog.linux.ptrace import ALL_SIGNALS, ATTACH_REMEDY
 from dirtylog.linux.ptrace_abi import INTERRUPTED, Event, Request, RseqConfiguration, SyscallUserDispatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from dirtylog.linux.arch.architecture import Architecture
     from dirtylog.linux.ptrace import Tracee
@@ -129,7 +129,8 @@ class CallWindow(Generic[R]):
         self._saved: R = architecture.settle(tracee, architecture.save(tracee), memory)
         self._mask = tracee.signal_mask()
         self._frame: Frame | None = None
-        self._again = False
+        self._ended: R | None = None
+        """The registers of a call that the stop has ended, and that is made again."""
         self._below = b""
 
     def __enter__(self) -> CallWindow[R]:
@@ -137,8 +138,8 @@ class CallWindow(Generic[R]):
         self._check()
         number, result = architecture.interrupted(self._saved)
         if number in architecture.interruptible and result == -errno.EINTR and not has_signal(tracee):
+            self._ended = type(self._saved).from_buffer_copy(self._saved)
             architecture.again(self._saved)
-            self._again = True
         if self._self_restoring:
             frame = architecture.frame(tracee, self._saved, self._mask, self.code.gadgets)
             self._check_stack(frame)
@@ -166,7 +167,10 @@ class CallWindow(Generic[R]):
         self.architecture.restore(tracee, self._saved)
         if self._frame is not None:
             os.pwrite(self.memory, self._below, self._frame.address)
-        if not stopped and (self._again or self.architecture.before_call(self._saved, self.memory)):
+        ended = self._ended
+        if ended is not None and not stopped:
+            enter_call(tracee, self._mask, lambda: self.architecture.restore(tracee, ended))
+        elif not stopped and self.architecture.before_call(self._saved, self.memory):
             enter_call(tracee, self._mask)
 
     def _check(self) -> None:
@@ -202,12 +206,13 @@ def _has_room(mappings: list[Mapping], bottom: int, top: int) -> bool:
     return any(one.start <= bottom and top <= one.end and one.permissions[1] == "w" for one in mappings)
 
 
-def enter_call(tracee: Tracee, mask: int) -> None:
+def enter_call(tracee: Tracee, mask: int, end: Callable[[], None] | None = None) -> None:
     """Have a thread that stands before a system call enter it, and let it run there, with this signal mask.
 
-    A signal that came just before would not end the call, which may have no other end. So it is blocked until then: the kernel
-    queues it again (ptrace_signal in kernel/signal.c). To be let go in the call, instead of to run, would end it, too. Where the
-    whole process is being stopped, the thread stays before the call.
+    A signal that came just before would not end the call, which may have no other end. So the call is not made: ``end`` puts the
+    registers back with which it has ended. Without one the signal is blocked until the call is entered: the kernel queues it again
+    (ptrace_signal in kernel/signal.c). To be let go in the call, instead of to run, would end it, too. Where the whole process is
+    being stopped, the thread stays before the call.
     """
     tracee.resume(Request.SYSCALL)
     while (stop := tracee.wait()).event is not Event.SYSCALL:
@@ -216,6 +221,10 @@ def enter_call(tracee: Tracee, mask: int) -> None:
             return
         sig = stop.signal if stop.event is Event.SIGNAL else 0
         if sig and not _is_ignored(sig, _signals(tracee)):
+            if end is not None:
+                end()
+                tracee.let_run(sig)
+                return
             tracee.set_signal_mask(ALL_SIGNALS)
         tracee.resume(Request.SYSCALL, sig)
     tracee.set_signal_mask(mask)

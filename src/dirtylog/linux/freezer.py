@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -134,9 +135,10 @@ class Freezer:
                 registers = self._architecture.save(tracee)
                 number, result = self._architecture.interrupted(registers)
                 if number in self._architecture.interruptible and result == -errno.EINTR and not has_signal(tracee):
+                    ended = type(registers).from_buffer_copy(registers)
                     self._architecture.again(registers)
                     self._architecture.restore(tracee, registers)
-                    enter_call(tracee, tracee.signal_mask())
+                    enter_call(tracee, tracee.signal_mask(), partial(self._architecture.restore, tracee, ended))
             tracee.detach()
         except DirtyLogError:
             pass  # it has ended: nothing is there to be let go

@@ -82,13 +82,14 @@ class Tracee:
         """Take a stop, which other threads of this process then do not see for an end; and the signal with it, should we die."""
         os.waitid(os.P_PID, self.tid, WAIT | os.WSTOPPED | os.WNOHANG)
 
-    def let_run(self) -> None:
-        """Let it run for good. The kernel lets it go when this thread ends, for then it is not stopped again.
+    def let_run(self, sig: int = 0) -> None:
+        """Let it run for good, with a signal that is delivered. The kernel lets it go when this thread ends.
 
-        A detach makes a thread look whether it has signals, which ends the system call that it has just entered.
+        By then it is not stopped again. A detach makes a thread look whether it has signals, which ends the system call that it has
+        just entered.
         """
         self.set_options(Option.NONE)
-        self.resume()
+        self.resume(sig=sig)
         self._runs = True
 
     def detach(self) -> None:
