@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from mutant import Mutant
+from mutant_list_order import COPY, EXCHANGE, FLUSH
 
 
 def _safe(*questions: str) -> tuple[str, ...]:
     return tuple(f"test_interleave.py::test_an_order_that_is_safe[{question.replace(' ', '-')}]" for question in questions)
 
 
-_EXCHANGE = """\
-            with port.mmu_lock:
-                words = bitmap.exchange()  # 1. take a snapshot and clear it
-                port.enable_log_dirty(slot, words)  # 2. write-protect those pages
-"""
-_COPY = "            _copy_to_caller(slot, DirtyBitmap.from_words(slot.npages, words), copy)  # 3. copy the snapshot\n"
-_FLUSH = """\
-            if words:
-                port.flush_tlbs(slot)  # 4. flush TLBs
-"""
-
 INTERLEAVED = (
     Mutant(
         "protect-before-clear",
         "KVM edde99ce0529",
         "log.py",
-        _EXCHANGE,
+        EXCHANGE,
         """\
             with port.mmu_lock:
                 words = bitmap.read()
@@ -39,7 +29,7 @@ INTERLEAVED = (
         "flush-before-protect",
         "KVM 7e71a59b2503",
         "log.py",
-        _EXCHANGE + _COPY + _FLUSH,
+        EXCHANGE + COPY + FLUSH,
         """\
             with port.mmu_lock:
                 words = bitmap.exchange()

@@ -10,13 +10,13 @@ _INTERRUPT = "test_errno.py::test_a_get_that_is_interrupted_at_any_point_loses_n
 _LOCKS = "test_mutants_seen.py::test_each_step_has_its_locks"
 _STARTS = "test_mutants_seen.py::test_a_start_that_fails_leaves_no_log_whose_contents_nobody_was_told_of"
 
-_EXCHANGE = """\
+EXCHANGE = """\
             with port.mmu_lock:
                 words = bitmap.exchange()  # 1. take a snapshot and clear it
                 port.enable_log_dirty(slot, words)  # 2. write-protect those pages
 """
-_COPY = "            _copy_to_caller(slot, DirtyBitmap.from_words(slot.npages, words), copy)  # 3. copy the snapshot\n"
-_FLUSH = """\
+COPY = "            _copy_to_caller(slot, DirtyBitmap.from_words(slot.npages, words), copy)  # 3. copy the snapshot\n"
+FLUSH = """\
             if words:
                 port.flush_tlbs(slot)  # 4. flush TLBs
 """
@@ -55,13 +55,13 @@ ORDER = (
     _log(
         "protect-copy-clear",
         "KVM edde99ce0529",
-        _EXCHANGE + _COPY,
+        EXCHANGE + COPY,
         """\
             with port.mmu_lock:
                 words = bitmap.read()
                 port.enable_log_dirty(slot, words)
 """
-        + _COPY
+        + COPY
         + """\
             with port.mmu_lock:
                 bitmap.exchange()
@@ -85,7 +85,7 @@ ORDER = (
     _log(
         "exchange-outside-mmu-lock",
         "KVM 50e92b3c9711",
-        _EXCHANGE,
+        EXCHANGE,
         """\
             words = bitmap.exchange()
             with port.mmu_lock:
@@ -117,19 +117,19 @@ ORDER = (
         "",
         _PORTS,
     ),
-    _log("no-flush", "KVM 7e71a59b2503", _FLUSH, "", _PORTS),
+    _log("no-flush", "KVM 7e71a59b2503", FLUSH, "", _PORTS),
     _log("no-flush-after-sync", "KVM 7e71a59b2503", _SYNC_FLUSH, _SYNC_FLUSH.replace("port.flush_tlbs(slot)", "pass"), _PORTS),
     _log(
         "flush-after-slots-lock",
         "why 4 before slots_lock is let go",
-        _FLUSH,
+        FLUSH,
         "        if words:\n            pass\n    if words:\n        port.flush_tlbs(slot)\n",
         _LOCKS,
     ),
     _log(
         "flush-always",
         "KVM 676f819c3e98",
-        _FLUSH,
+        FLUSH,
         "            port.flush_tlbs(slot)\n",
         "test_kvm_lessons.py::test_an_empty_batch_does_no_work_676f819c3e98",
     ),
@@ -140,7 +140,7 @@ ORDER = (
         "                raise\n        if bitmap.read():\n            port.flush_tlbs(slot)\n",
         "test_kvm_lessons.py::test_starting_the_log_flushes_always_b64d740ea7dd",
     ),
-    _log("commit-before-copy", "nothing is lost on failure", _COPY, "            bitmap.commit()\n" + _COPY, _INTERRUPT),
+    _log("commit-before-copy", "nothing is lost on failure", COPY, "            bitmap.commit()\n" + COPY, _INTERRUPT),
     _log(
         "commit-before-sync-copy",
         "nothing is lost on failure",

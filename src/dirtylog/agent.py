@@ -40,9 +40,9 @@ else:
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    elif Path(arguments[0]).is_file():
-        sys.argv = arguments
-        _run_script(arguments[0])
     else:
         sys.argv = arguments
-        runpy.run_path(arguments[0], run_name="__main__")
+        if Path(arguments[0]).is_file():
+            _run_script(arguments[0])
+        else:
+            runpy.run_path(arguments[0], run_name="__main__")

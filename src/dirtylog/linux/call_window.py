@@ -21,6 +21,7 @@ import errno
 import os
 import signal
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
@@ -136,10 +137,7 @@ class CallWindow(Generic[R]):
     def __enter__(self) -> CallWindow[R]:
         tracee, architecture = self.tracee, self.architecture
         self._check()
-        number, result = architecture.interrupted(self._saved)
-        if number in architecture.interruptible and result == -errno.EINTR and not has_signal(tracee):
-            self._ended = type(self._saved).from_buffer_copy(self._saved)
-            architecture.again(self._saved)
+        self._ended = make_again(tracee, architecture, self._saved)
         if self._self_restoring:
             frame = architecture.frame(tracee, self._saved, self._mask, self.code.gadgets)
             self._check_stack(frame)
@@ -167,10 +165,11 @@ class CallWindow(Generic[R]):
         self.architecture.restore(tracee, self._saved)
         if self._frame is not None:
             os.pwrite(self.memory, self._below, self._frame.address)
-        ended = self._ended
-        if ended is not None and not stopped:
-            enter_call(tracee, self._mask, lambda: self.architecture.restore(tracee, ended))
-        elif not stopped and self.architecture.before_call(self._saved, self.memory):
+        if stopped:
+            return
+        if self._ended is not None:
+            enter_call(tracee, self._mask, partial(self.architecture.restore, tracee, self._ended))
+        elif self.architecture.before_call(self._saved, self.memory):
             enter_call(tracee, self._mask)
 
     def _check(self) -> None:
@@ -204,6 +203,16 @@ class CallWindow(Generic[R]):
 
 def _has_room(mappings: list[Mapping], bottom: int, top: int) -> bool:
     return any(one.start <= bottom and top <= one.end and one.permissions[1] == "w" for one in mappings)
+
+
+def make_again(tracee: Tracee, architecture: Architecture[R], registers: R) -> R | None:
+    """Change registers so that a system call is made again, if a stop has ended it, and no signal has; return what they were."""
+    number, result = architecture.interrupted(registers)
+    if number not in architecture.interruptible or result != -errno.EINTR or has_signal(tracee):
+        return None
+    ended = type(registers).from_buffer_copy(registers)
+    architecture.again(registers)
+    return ended
 
 
 def enter_call(tracee: Tracee, mask: int, end: Callable[[], None] | None = None) -> None:

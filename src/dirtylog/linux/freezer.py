@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from functools import partial
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dirtylog.errors import DirtyLogError, TargetGoneError, UnsupportedError
 from dirtylog.linux.arch import host_architecture
-from dirtylog.linux.call_window import enter_call, has_signal
+from dirtylog.linux.call_window import enter_call, make_again
 from dirtylog.linux.preflight import has_ended, read_status
 from dirtylog.linux.ptrace import Tracee, let_go_if_ended, lives
 from dirtylog.linux.ptrace_abi import Option
@@ -133,10 +132,8 @@ class Freezer:
         try:
             if self._architecture is not None:
                 registers = self._architecture.save(tracee)
-                number, result = self._architecture.interrupted(registers)
-                if number in self._architecture.interruptible and result == -errno.EINTR and not has_signal(tracee):
-                    ended = type(registers).from_buffer_copy(registers)
-                    self._architecture.again(registers)
+                ended = make_again(tracee, self._architecture, registers)
+                if ended is not None:
                     self._architecture.restore(tracee, registers)
                     enter_call(tracee, tracee.signal_mask(), partial(self._architecture.restore, tracee, ended))
             tracee.detach()

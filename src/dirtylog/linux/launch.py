@@ -28,7 +28,7 @@ from dirtylog.linux.call_window import CallWindow, find_code, open_memory
 from dirtylog.linux.injection import take_userfaultfd
 from dirtylog.linux.preflight import GONE, read_status
 from dirtylog.linux.ptrace import Tracee
-from dirtylog.linux.ptrace_abi import INTERRUPTED, PEEK, STOPPED, WAIT, Event, Option, Request, Stop, stop_of
+from dirtylog.linux.ptrace_abi import INTERRUPTED, PEEK, STOPPED, WAIT, Event, Option, Request, Stop
 from dirtylog.linux.signals import block_signals
 
 if TYPE_CHECKING:
@@ -232,9 +232,7 @@ class Launched:
                 self._wait_untraced()
                 return
             if found is not None and found.si_code in STOPPED:
-                stop = stop_of(found.si_status)
-                if stop.event is not Event.SIGNAL:
-                    tracee.take_stop()
+                stop = tracee.look_at(found.si_status)
                 # Where it has been killed meanwhile, its end is what comes next.
                 with contextlib.suppress(TargetGoneError):
                     self._answer(tracee, stop)

@@ -75,6 +75,8 @@ def has_ended(pid: int, tid: int) -> bool:
 
 def check_has_memory(pid: int, status: Status) -> None:
     """Raise what there is to say of a process without memory of its own: it has ended, or is the kernel's, or another's thread."""
+    if pid == os.getpid():
+        raise InvalidArgumentError(f"{pid} is this process", pid=pid, remedy="use dirtylog.track for memory of its own")
     if status.tgid != pid:
         raise InvalidArgumentError(f"{pid} is a thread, not a process", pid=pid, remedy=f"name its process, {status.tgid} (Tgid)")
     if status.state in GONE:
@@ -114,8 +116,6 @@ def runs_without_first(pid: int) -> bool:
 
 def check_process(pid: int, architecture: Architecture[Any]) -> Status:
     """Return the status of a process in which a system call can be made, or raise why it cannot."""
-    if pid == os.getpid():
-        raise InvalidArgumentError(f"{pid} is this process", pid=pid, remedy="use dirtylog.track for memory of its own")
     status = read_status(pid)
     check_has_memory(pid, status)
     if status.tracer:

@@ -323,8 +323,6 @@ class ProcessMemory:
 
 
 def _open_process(pid: int) -> int:
-    if pid == os.getpid():
-        raise InvalidArgumentError(f"{pid} is this process", pid=pid, remedy="use dirtylog.track for memory of its own")
     try:
         return os.pidfd_open(pid)
     except OverflowError as error:

@@ -123,7 +123,11 @@ class Tracee:
         if found.si_code not in STOPPED:
             let_go_if_ended(self.pid, self.tid)
             raise TargetGoneError(f"process {self.pid} is gone", pid=self.pid, reason="it ended")
-        stop = stop_of(found.si_status)
+        return self.look_at(found.si_status)
+
+    def look_at(self, status: int) -> Stop:
+        """Return what the si_status of a stop says, and take the stop, unless it has a signal that would be taken with it."""
+        stop = stop_of(status)
         if stop.event is not Event.SIGNAL:
             self.take_stop()
         return stop
