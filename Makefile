@@ -69,7 +69,7 @@ $(VENV)/.build: $(VENV)/.venv constraints.txt
 	touch $@
 
 $(VENV)/.run: $(VENV)/.build pyproject.toml
-	$(PIP) --no-build-isolation --editable '.[emu,plot,elf]'
+	$(PIP) --no-build-isolation --editable '.[emu,plot,elf,tui,report]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.build pyproject.toml

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from dirtylog.kvm.memory import KvmMemory
     from dirtylog.linux.process import ProcessMemory
 
+    AnyMemory = EmulatedMemory | KvmMemory | ProcessMemory
+
 DEFAULT_SIZE = "64MiB"
 DEFAULT_PROGRAM = "sweep"
 _PID_DIGITS = 20
@@ -34,7 +36,7 @@ def open_target(  # noqa: PLR0913 - each is a word of one kind of target; all ha
     ring_entries: int | None = None,
     port: str | None = None,
     maps: Sequence[str] | None = None,
-) -> EmulatedMemory | KvmMemory | ProcessMemory:
+) -> AnyMemory:
     """Open a memory whose writes can be logged; close it, or use it as a context manager.
 
     ``target`` is ``emu:ARCH[:PROGRAM]`` or ``kvm[:PROGRAM]`` for a guest, ``pid:N`` for another process, or a command as a list of

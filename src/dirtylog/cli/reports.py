@@ -11,13 +11,10 @@ from dirtylog.cli.exits import ExitCode
 from dirtylog.size import format_size
 
 if TYPE_CHECKING:
-    from dirtylog.emulated.machine import EmulatedMemory
-    from dirtylog.kvm.memory import KvmMemory
     from dirtylog.linux.process import ProcessMemory
     from dirtylog.memslot import MemorySlot
     from dirtylog.observe.rounds import Round
-
-    AnyMemory = EmulatedMemory | KvmMemory | ProcessMemory
+    from dirtylog.target import AnyMemory
 
 SCHEMA = "dirtylog/run/1"
 _MB = 1e6
