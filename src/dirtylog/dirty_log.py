@@ -160,9 +160,14 @@ class DirtyLog:
         """Return the consumer of this name, made at the first call."""
         with self._lock:
             if name not in self._consumers:
-                self._consumers[name] = consumer = Consumer(name, self._lock, self._drain)
+                self._consumers[name] = consumer = Consumer(name, self._lock, self._drain, self._forget)
                 consumer.pending.begin(self._logged())
             return self._consumers[name]
+
+    def _forget(self, consumer: Consumer) -> None:
+        with self._lock:
+            if self._consumers.get(consumer.name) is consumer:
+                del self._consumers[consumer.name]
 
     def _drain(self) -> None:
         """Move the dirty pages of every slot from the port to every consumer, and to get."""

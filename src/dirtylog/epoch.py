@@ -85,8 +85,11 @@ class Consumer:
     Its first epoch begins with what nobody had taken from the port when the consumer was made.
     """
 
-    def __init__(self, name: str, lock: threading.RLock, drain: Callable[[], None]) -> None:
+    def __init__(
+        self, name: str, lock: threading.RLock, drain: Callable[[], None], forget: Callable[[Consumer], None] = lambda _: None
+    ) -> None:
         self.name = name
+        self._forget = forget
         self.pending = PendingPages()
         self._lock = lock
         self._drain = drain
@@ -116,6 +119,10 @@ class Consumer:
             else:
                 self.pending.give_back()
             self._open = None
+
+    def close(self) -> None:
+        """Leave the log: nothing is kept for this consumer any more. One that is asked for by its name is a new one."""
+        self._forget(self)
 
     def __repr__(self) -> str:
         return f"Consumer({self.name!r})"

@@ -42,7 +42,8 @@ class MemorySlot:
     ``id`` is ``address_space << 16 | number``, as in KVM. ``base_gfn`` is the guest frame number of the first page, in pages
     of ``page_size`` bytes; ``host_address`` is where the first page lies for the source (KVM's userspace_addr; host-physical
     for an emulated guest). ``dirty_bitmap`` is there while the slot is being logged. A slot of a process has the ``name`` and the
-    ``permissions`` of its mapping ("[heap]", "rw-p"); where it is ``anonymous``, a page that is not there reads as zeros.
+    ``permissions`` of its mapping ("[heap]", "rw-p"), and of a file's the ``file_offset`` in bytes of the first page; where it is
+    ``anonymous``, a page that is not there reads as zeros.
     """
 
     id: int
@@ -53,6 +54,7 @@ class MemorySlot:
     host_address: int = 0
     name: str = ""
     permissions: str = ""
+    file_offset: int = 0
     anonymous: bool = False
     dirty_bitmap: SlotBitmap | None = field(default=None, repr=False)
     readonly: bool = field(init=False, repr=False)

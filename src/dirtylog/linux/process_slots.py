@@ -132,6 +132,7 @@ class ProcessSlots:
                 host_address=first,
                 name=mapping.name,
                 permissions=mapping.permissions,
+                file_offset=mapping.offset + first - mapping.start,
                 anonymous=mapping.anonymous,
             )
             yield Placed(slot, Kind.of(mapping))

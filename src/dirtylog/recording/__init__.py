@@ -1,0 +1,1 @@
+"""Recordings: the rounds of a log in one SQLite file. docs/recording.md describes the format."""

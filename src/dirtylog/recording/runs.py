@@ -1,0 +1,137 @@
+"""How runs of pages are packed: unsigned LEB128 numbers, deflated; docs/recording.md describes the format.
+
+A round is a row of numbers: for each slot its number in the file and how many runs it has; then of every run the gap to the end of
+the one before in its slot; then of every run its length less one. The lengths stand together since most are equal.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from dirtylog.errors import CorruptDataError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+_BITS = 7
+_MORE = 0x80
+_LONGEST = 5
+"""A slot has at most 2**31 - 1 pages: no number in a round needs more octets."""
+_LEVEL = 1
+
+
+class Runs(NamedTuple):
+    """Runs of pages, by columns of equal length: int64 each. ``round`` and ``slot`` are numbers in the file."""
+
+    round: NDArray[np.int64]
+    slot: NDArray[np.int64]
+    first: NDArray[np.int64]
+    npages: NDArray[np.int64]
+
+
+class Packed(NamedTuple):
+    """A packed round."""
+
+    slots: int
+    runs: int
+    data: bytes
+
+
+def pack(slots: Mapping[int, NDArray[np.int64]]) -> Packed:
+    """Pack the runs of a round: by number of the slot, rows of (first page, number of pages), ascending."""
+    rows = np.concatenate(list(slots.values())) if slots else np.empty((0, 2), np.int64)
+    ends = rows.sum(axis=1)
+    gaps = rows[:, 0].copy()
+    gaps[1:] -= ends[:-1]
+    counts = [len(one) for one in slots.values()]
+    # Where a slot begins nothing came before.
+    begins = np.cumsum([0, *counts])[:-1]
+    gaps[begins] = rows[begins, 0]
+    head = np.array(list(zip(slots, counts, strict=True)), np.int64).reshape(-1)
+    numbers = np.concatenate((head, gaps, rows[:, 1] - 1))
+    return Packed(len(slots), len(rows), zlib.compress(_encode(numbers), _LEVEL))
+
+
+def unpack(rounds: NDArray[np.int64], packed: Sequence[Packed]) -> Runs:
+    """Unpack many rounds at once; ``rounds`` are their numbers. :class:`CorruptDataError` if they cannot be what was packed."""
+    slots = np.array([one.slots for one in packed], np.int64)
+    runs = np.array([one.runs for one in packed], np.int64)
+    lengths = 2 * (slots + runs)
+    numbers = _decode(b"".join(_inflate(one, length) for one, length in zip(packed, lengths.tolist(), strict=True)))
+    if len(numbers) != lengths.sum():
+        raise CorruptDataError(f"a round of this recording has {len(numbers)} numbers where {lengths.sum()} are due")
+    begins = np.cumsum(lengths) - lengths
+    heads = _ranges(begins, 2 * slots).reshape(-1, 2)
+    numbers_of_slots, counts = numbers[heads[:, 0]], numbers[heads[:, 1]]
+    # Of hostile numbers the sum may wrap: each is looked at first.
+    if len(counts) and (counts.max() > runs.max() or not np.array_equal(_sums(counts, slots), runs)):
+        raise CorruptDataError("the slots of a round have other runs than the round")
+    gaps = numbers[_ranges(begins + 2 * slots, runs)]
+    npages = numbers[_ranges(begins + 2 * slots + runs, runs)] + 1
+    ends = np.cumsum(gaps + npages)
+    # The sum goes on from slot to slot: less what it was where the slot begins.
+    before = np.concatenate(([0], ends))[np.cumsum(counts) - counts]
+    first = ends - npages - np.repeat(before, counts)
+    return Runs(np.repeat(rounds, runs), np.repeat(numbers_of_slots, counts), first, npages)
+
+
+def _sums(values: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the sums of stretches of ``values`` that are so long."""
+    ends = np.concatenate(([0], np.cumsum(values)))
+    stops = np.cumsum(lengths)
+    return np.asarray(ends[stops] - ends[stops - lengths])
+
+
+def _ranges(begins: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return begin, begin + 1, ... of every range, one range after the other."""
+    before = np.cumsum(lengths) - lengths
+    return np.asarray(np.arange(int(lengths.sum())) + np.repeat(begins - before, lengths))
+
+
+def _inflate(packed: Packed, length: int) -> bytes:
+    """Return the numbers' octets, and no more than so many numbers can have."""
+    stream = zlib.decompressobj()
+    try:
+        data = stream.decompress(packed.data, _LONGEST * length + 1)
+    except zlib.error as error:
+        raise CorruptDataError("a round of this recording does not inflate", reason=str(error)) from error
+    if not stream.eof or (data and data[-1] & _MORE):
+        raise CorruptDataError("a round of this recording is longer than it says, or ends early")
+    return data
+
+
+def _encode(numbers: NDArray[np.int64]) -> bytes:
+    sizes = np.ones(len(numbers), np.int64)
+    for octets in range(1, _LONGEST):
+        sizes += numbers >> (octets * _BITS) != 0
+    ends = np.cumsum(sizes)
+    data = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
+    begins = ends - sizes
+    for octet in range(_LONGEST):
+        has = sizes > octet
+        if not has.any():
+            break
+        more = np.where(sizes[has] > octet + 1, _MORE, 0)
+        data[begins[has] + octet] = (numbers[has] >> (octet * _BITS)) & (_MORE - 1) | more
+    return data.tobytes()
+
+
+def _decode(data: bytes) -> NDArray[np.int64]:
+    octets = np.frombuffer(data, np.uint8)
+    ends = np.flatnonzero(octets < _MORE)
+    begins = np.concatenate(([0], ends[:-1] + 1)) if len(ends) else ends
+    sizes = ends - begins + 1
+    if len(sizes) and sizes.max() > _LONGEST:
+        raise CorruptDataError("a number in this recording is too long")
+    numbers = octets[begins].astype(np.int64) & (_MORE - 1)
+    for octet in range(1, _LONGEST):
+        has = np.flatnonzero(sizes > octet)
+        if not len(has):
+            break
+        numbers[has] |= (octets[begins[has] + octet].astype(np.int64) & (_MORE - 1)) << (octet * _BITS)
+    return numbers
