@@ -38,6 +38,9 @@ class NullMemory:
     exactness = Exactness.EXACT
     blind_spots: tuple[str, ...] = ()
     incomplete: tuple[str, ...] = ()
+    faults: int | None = None
+    held = 0
+    paused = True
 
     def __init__(self, npages: int) -> None:
         self.slots = SlotTable()

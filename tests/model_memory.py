@@ -24,6 +24,9 @@ class ModelMemory:
             (), [MemorySlot(number, first, npages, page_size, host_address=first * page_size) for number, first, npages in slots]
         )
         self.exactness, self.blind_spots, self.incomplete = port.exactness, port.blind_spots, ()
+        self.faults: int | None = None
+        self.paused = True
+        self.held = sum(slot.nbytes for slot in self.slots)
 
     def update_slots(self) -> Any:
         """Return no new slots."""

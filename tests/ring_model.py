@@ -211,6 +211,9 @@ class ModelMemory:
     exactness = Exactness.SUPERSET
     blind_spots: tuple[str, ...] = ()
     incomplete: tuple[str, ...] = ()
+    faults: int | None = None
+    held = 0
+    paused = True
 
     def __init__(self, port: KvmRingPort, slots: SlotTable) -> None:
         self.port = port

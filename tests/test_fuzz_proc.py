@@ -62,6 +62,7 @@ class Process(NamedTuple):
         lines = ["Umask:\t0022", f"State:\t{self.state} (of some kind)", f"Tgid:\t{PID}", "Ngid:\t0", f"Pid:\t{PID}", "PPid:\t1"]
         lines += [f"TracerPid:\t{self.tracer}", "Uid:\t0\t0\t0\t0", "FDSize:\t64", "Groups:\t0 20 "]
         if self.memory_kb is not None:
+            lines += [f"VmRSS:\t{self.memory_kb:8d} kB", f"VmSwap:\t{self.pinned_kb:8d} kB"]
             lines += [f"VmPeak:\t{self.memory_kb:8d} kB", f"VmSize:\t{self.memory_kb:8d} kB", f"VmPin:\t{self.pinned_kb:8d} kB"]
         lines += [f"Threads:\t{self.threads}", "SigQ:\t1/96000"]
         masks = zip(("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt"), self.signals, strict=True)
@@ -74,7 +75,8 @@ class Process(NamedTuple):
         """Return what is to be read from it."""
         pinned = 0 if self.memory_kb is None else self.pinned_kb << 10
         has_memory = self.memory_kb is not None
-        return Status(self.state, self.tracer, self.seccomp != 0, has_memory, pinned, self.shadow_stack, self.threads, PID)
+        held = 0 if self.memory_kb is None else (self.memory_kb + self.pinned_kb) << 10
+        return Status(self.state, self.tracer, self.seccomp != 0, has_memory, pinned, self.shadow_stack, self.threads, PID, held)
 
 
 def is_one_line(name: bytes) -> bool:

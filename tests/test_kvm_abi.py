@@ -30,6 +30,8 @@ STRUCTS: dict[type[Struct], str] = {
     abi.DirtyLogArgument: "kvm_dirty_log",
     abi.ClearDirtyLogArgument: "kvm_clear_dirty_log",
     abi.EnableCap: "kvm_enable_cap",
+    abi.StatsHeader: "kvm_stats_header",
+    abi.StatsDescription: "kvm_stats_desc",
     x86.Regs: "kvm_regs",
     x86.Segment: "kvm_segment",
     x86.DescriptorTable: "kvm_dtable",

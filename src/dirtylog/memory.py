@@ -38,6 +38,17 @@ class Memory(Protocol):
     def incomplete(self) -> tuple[str, ...]:
         """Why writes may have been missed, beyond the blind spots: what is known to be so here and now. Empty if nothing is."""
 
+    @property
+    def faults(self) -> int | None:
+        """Page faults that this source has taken since it was opened, as far as is known; None where nobody counts.
+
+        Those that logging costs are among them.
+        """
+
+    @property
+    def held(self) -> int:
+        """Bytes that hold something: what a first full copy would have to move."""
+
     def update_slots(self) -> list[MemorySlot]:
         """Bring the slot table up to date, and return the slots that are to be logged and are not yet. slots_lock is held.
 
@@ -52,6 +63,10 @@ class Memory(Protocol):
 
     def ending(self, seconds: float) -> bool:
         """Wait so long, or less if the source comes to its end; return whether it has, and stands still for a last get."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether it stands still by :meth:`pause`, or because it was never let run. A buffer whose writers are others never is."""
 
     def pause(self) -> None:
         """Return when nothing of the source runs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dirtylog.buffers.program import WrittenBuffer
 from dirtylog.emulated.guest import make_guest
 from dirtylog.errors import InvalidArgumentError, UnsupportedError
 from dirtylog.options import KvmOptions, ProcessOptions
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
     from dirtylog.kvm.memory import KvmMemory
     from dirtylog.linux.process import ProcessMemory
 
-    AnyMemory = EmulatedMemory | KvmMemory | ProcessMemory
+    AnyMemory = EmulatedMemory | KvmMemory | ProcessMemory | WrittenBuffer
 
 DEFAULT_SIZE = "64MiB"
 DEFAULT_PROGRAM = "sweep"
 _PID_DIGITS = 20
-_TARGETS = "emu:ARCH, emu:ARCH:PROGRAM, kvm, kvm:PROGRAM, pid:N, or a command as a list of words"
+_TARGETS = "emu:ARCH[:PROGRAM], kvm[:PROGRAM], buffer[:PROGRAM], pid:N, or a command as a list of words"
 
 
 def open_target(  # noqa: PLR0913 - each is a word of one kind of target; all have defaults
@@ -39,14 +40,16 @@ def open_target(  # noqa: PLR0913 - each is a word of one kind of target; all ha
 ) -> AnyMemory:
     """Open a memory whose writes can be logged; close it, or use it as a context manager.
 
-    ``target`` is ``emu:ARCH[:PROGRAM]`` or ``kvm[:PROGRAM]`` for a guest, ``pid:N`` for another process, or a command as a list of
-    words: a program that is started, and ended by ``close``. Guests and commands start paused: ``resume`` them when the log is on.
+    ``target`` is ``emu:ARCH[:PROGRAM]`` or ``kvm[:PROGRAM]`` for a guest, ``pid:N`` for another process, ``buffer[:PROGRAM]`` for
+    memory of this one that a thread writes, or a command as a list of words: a program that is started, and ended by ``close``. All
+    but ``pid:N`` start paused: ``resume`` them when the log is on.
 
     For guests: ``size`` is the RAM in bytes or with a unit (64 MiB), ``vcpus`` 1 to 8 (1), ``image`` a program of the user's own
     instead of PROGRAM. For KVM guests: ``log`` is "bitmap" (the default), "manual" or "ring"; ``backing`` what the RAM is made of,
     "anonymous" (the default), "thp", "hugetlb" or "memfd"; ``ring_entries`` the length of each vCPU's ring, a power of two. For
     processes: ``port`` is "auto" (the default: the first that works), "uffd", "soft-dirty" or "compare"; ``maps`` chooses among
-    their mappings: words of :data:`dirtylog.linux.mappings.KINDS`, ranges of addresses, patterns of names.
+    their mappings: words of :data:`dirtylog.linux.mappings.KINDS`, ranges of addresses, patterns of names. For
+    buffers: ``size``, whole pages (64 MiB), and ``port``: "auto", "uffd" or "compare".
 
     Raises :class:`InvalidArgumentError`; :class:`UnsupportedError` where this host cannot; :class:`AccessDeniedError`;
     :class:`TargetGoneError`.
@@ -55,6 +58,11 @@ def open_target(  # noqa: PLR0913 - each is a word of one kind of target; all ha
         _refuse(target, "choices of guests", size=size, vcpus=vcpus, image=image)
         _refuse(target, "choices of KVM guests", log=log, backing=backing, ring_entries=ring_entries)
         return _open_process(target, ProcessOptions.of(port, maps))
+    if target.partition(":")[0] == "buffer":
+        _refuse(target, "choices of guests", vcpus=vcpus, image=image)
+        _refuse(target, "choices of KVM guests", log=log, backing=backing, ring_entries=ring_entries)
+        _refuse(target, "choices of processes", maps=maps)
+        return _open_buffer(target, size, port)
     _refuse(target, "choices of processes", port=port, maps=maps)
     return open_guest(target, size=size, vcpus=vcpus, image=image, log=log, backing=backing, ring_entries=ring_entries)
 
@@ -87,6 +95,11 @@ def open_guest(
     except ImportError as error:
         raise UnsupportedError("KVM guests run on Linux only", reason=str(error), remedy="use an emulated guest") from error
     return make_kvm_guest(nbytes, program=program, vcpus=vcpus, image=image, options=kvm)
+
+
+def _open_buffer(target: str, size: str | int | None, port: str | None) -> WrittenBuffer:
+    program = target.partition(":")[2] or DEFAULT_PROGRAM
+    return WrittenBuffer(parse_size(DEFAULT_SIZE if size is None else size), program, port=port or "auto")
 
 
 def _open_process(target: str | Sequence[str], options: ProcessOptions) -> ProcessMemory:

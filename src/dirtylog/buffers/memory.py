@@ -36,6 +36,7 @@ class BufferMemory:
     def __init__(self, buffer: Any, *, port: str = "auto") -> None:  # noqa: ANN401 - whatever has a buffer
         self._keep, address, self.nbytes = locate(buffer)
         self._closed = False
+        self._faults_before = _own_faults()
         self._port, pages = choose_port(port, address, self.nbytes, self._read_range)
         start, end, self._page_size = pages.start, pages.end, pages.page_size
         self.offset = address - start
@@ -76,6 +77,17 @@ class BufferMemory:
         """Why writes may have been missed: nothing is known."""
         return ()
 
+    @property
+    def faults(self) -> int | None:
+        """Page faults of this process, of whatever memory; None where the system does not count them."""
+        now = _own_faults()
+        return None if now is None or self._faults_before is None else now - self._faults_before
+
+    @property
+    def held(self) -> int:
+        """Bytes that hold something: the whole buffer."""
+        return self.nbytes
+
     def update_slots(self) -> list[MemorySlot]:
         """Return no new slots: a buffer stays where it is."""
         return []
@@ -114,6 +126,11 @@ class BufferMemory:
         time.sleep(seconds)
         return False
 
+    @property
+    def paused(self) -> bool:
+        """Whether it stands still: nobody knows."""
+        return False
+
     def pause(self) -> None:
         """Do nothing: the threads of this process are their owner's to stop."""
 
@@ -141,3 +158,12 @@ class BufferMemory:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _own_faults() -> int | None:
+    try:
+        import resource  # noqa: PLC0415 - it is Unix's, and port compare works everywhere
+    except ImportError:
+        return None
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_minflt + usage.ru_majflt

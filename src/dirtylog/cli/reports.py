@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dirtylog.buffers.program import WrittenBuffer
 from dirtylog.cli.exits import ExitCode
 from dirtylog.size import format_size
 
@@ -130,6 +131,8 @@ def facts_of(target: str, memory: AnyMemory) -> dict[str, Any]:
         "blind_spots": list(memory.blind_spots),
         "incomplete": list(memory.incomplete),
     }
+    if isinstance(memory, WrittenBuffer):
+        return facts
     vcpus = getattr(memory, "vcpus", None)
     if vcpus is not None:
         return facts | {"vcpus": len(vcpus)}
@@ -148,6 +151,8 @@ def facts_of(target: str, memory: AnyMemory) -> dict[str, Any]:
 
 def _extent(memory: AnyMemory) -> str:
     size = format_size(sum(slot.nbytes for slot in memory.slots if not slot.readonly))
+    if isinstance(memory, WrittenBuffer):
+        return f"{size} of this process"
     vcpus = getattr(memory, "vcpus", None)
     if vcpus is not None:
         return f"{size}, {len(vcpus)} vCPU{'s' * (len(vcpus) > 1)}"

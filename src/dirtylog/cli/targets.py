@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dirtylog.buffers.program import PROGRAMS as BUFFER_PROGRAMS
 from dirtylog.cli import arguments
 from dirtylog.errors import InvalidArgumentError
 from dirtylog.guests.image import Image
@@ -25,16 +26,20 @@ def add_target(parser: argparse.ArgumentParser) -> None:
         "target",
         metavar="TARGET",
         nargs="?",
-        help=f"kvm[:PROGRAM], emu:ARCH[:PROGRAM] or pid:N; PROGRAM: {', '.join(PROGRAMS)}",
+        help=f"kvm[:PROGRAM], emu:ARCH[:PROGRAM], pid:N, or buffer[:PROGRAM], which is memory of this program that a thread of it "
+        f"writes; PROGRAM: {', '.join(BUFFER_PROGRAMS)} (guests: {', '.join(PROGRAMS)})",
     )
     guests = parser.add_argument_group("guests")
-    guests.add_argument("--size", type=arguments.size, help=f"the guest's memory, such as 256MiB (default: {DEFAULT_SIZE})")
+    guests.add_argument(
+        "--size", type=arguments.size, help=f"the guest's or the buffer's memory, such as 256MiB (default: {DEFAULT_SIZE})"
+    )
     guests.add_argument("--vcpus", type=arguments.count, metavar="N", help="1 to 8 (default: 1)")
-    processes = parser.add_argument_group("processes")
+    processes = parser.add_argument_group("processes, and --port for buffers")
     processes.add_argument(
         "--port",
         choices=[port.value for port in ProcessPorts],
-        help="userfaultfd's write protection, soft-dirty bits, a copy compared, or the first that works (default: auto)",
+        help="userfaultfd's write protection, soft-dirty bits (not of a buffer), a copy compared, or the first that works "
+        "(default: auto)",
     )
     processes.add_argument(
         "--map",
@@ -70,11 +75,19 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     image.add_argument("--halt", type=arguments.address, metavar="ADDR", help="the address at which a vCPU halts")
 
 
+def add_metrics(parser: argparse.ArgumentParser) -> None:
+    """Add the choices of those that serve metrics."""
+    parser.add_argument("--metrics", type=arguments.port, metavar="PORT", help="serve metrics for Prometheus on this TCP port")
+    parser.add_argument(
+        "--metrics-address", default="127.0.0.1", metavar="ADDR", help="the address to serve them on (default: %(default)s)"
+    )
+
+
 def name_of(args: argparse.Namespace) -> str:
     """Return the target as its user wrote it; :class:`InvalidArgumentError` unless there is just one."""
     if (args.target is None) == (args.program is None):
         raise InvalidArgumentError(
-            f"{'no TARGET' if args.target is None else 'two targets'}: name kvm, emu:ARCH or pid:N, or a command after --"
+            f"{'no TARGET' if args.target is None else 'two targets'}: name kvm, emu:ARCH, buffer or pid:N, or a command after --"
         )
     return f"-- {shlex.join(args.program)}" if args.target is None else str(args.target)
 

@@ -118,6 +118,29 @@ class RunInternalError(Struct):
     data: Annotated[ctypes.Array[ctypes.c_uint64], ctypes.c_uint64 * 16]
 
 
+@struct(24)
+class StatsHeader(Struct):
+    """kvm_stats_header: what a statistics descriptor begins with. Offsets are in its file."""
+
+    flags: U32
+    name_size: U32
+    num_desc: U32
+    id_offset: U32
+    desc_offset: U32
+    data_offset: U32
+
+
+@struct(16)
+class StatsDescription(Struct):
+    """kvm_stats_desc: ``size`` numbers of 64 bits lie at ``offset`` of the data. ``name_size`` bytes with the name follow it."""
+
+    flags: U32
+    exponent: Annotated[int, ctypes.c_int16]
+    size: U16
+    offset: U32
+    bucket_size: U32
+
+
 DIRTY_GFN = np.dtype([("flags", np.uint32), ("slot", np.uint32), ("offset", np.uint64)])
 """kvm_dirty_gfn, the entry of a dirty ring."""
 GFN_DIRTY = 1
@@ -142,6 +165,7 @@ KVM_SET_SIGNAL_MASK = ioctl_number(_WRITE, 0x8B, 4)
 KVM_ENABLE_CAP = ioctl_number(_WRITE, 0xA3, ctypes.sizeof(EnableCap))
 KVM_CLEAR_DIRTY_LOG = ioctl_number(_BOTH, 0xC0, ctypes.sizeof(ClearDirtyLogArgument))
 KVM_RESET_DIRTY_RINGS = ioctl_number(_NONE, 0xC7)
+KVM_GET_STATS_FD = ioctl_number(_NONE, 0xCE)
 
 
 class Cap(enum.IntEnum):
@@ -159,6 +183,7 @@ class Cap(enum.IntEnum):
     IMMEDIATE_EXIT = 136
     MANUAL_DIRTY_LOG_PROTECT2 = 168
     DIRTY_LOG_RING = 192
+    BINARY_STATS_FD = 203
     XSAVE2 = 208
     DIRTY_LOG_RING_ACQ_REL = 223
     DIRTY_LOG_RING_WITH_BITMAP = 225

@@ -156,6 +156,11 @@ class Launched:
             raise found
         return found
 
+    @property
+    def started(self) -> bool:
+        """Whether it was let go."""
+        return self._go.is_set()
+
     def go(self) -> None:
         """Let it run: for the first time, or after a :meth:`pause`."""
         self._go.set()

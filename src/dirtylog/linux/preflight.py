@@ -23,7 +23,10 @@ GONE = "ZXx"
 
 
 class Status(NamedTuple):
-    """What /proc/PID/status says that matters here. ``pinned`` is in bytes; ``threads`` are how many, of the process ``tgid``."""
+    """What /proc/PID/status says that matters here.
+
+    ``pinned`` and ``held``, in memory or in swap, are in bytes; ``threads`` are how many, of the process ``tgid``.
+    """
 
     state: str
     tracer: int
@@ -33,6 +36,7 @@ class Status(NamedTuple):
     shadow_stack: bool
     threads: int
     tgid: int
+    held: int
 
 
 def status_lines(path: Path) -> list[str]:
@@ -57,6 +61,7 @@ def read_status(pid: int, tid: int | None = None) -> Status:
             seccomp=values.get("Seccomp", "0") != "0",
             has_memory="VmSize" in values,
             pinned=int(values.get("VmPin", "0 kB").split()[0]) << 10,
+            held=sum(int(values.get(name, "0 kB").split()[0]) << 10 for name in ("VmRSS", "VmSwap")),
             shadow_stack="shstk" in values.get("x86_Thread_features", ""),
             threads=int(values.get("Threads", 0)),
             tgid=int(values.get("Tgid", pid)),

@@ -23,6 +23,7 @@ from dirtylog.errors import (
     UnsupportedError,
 )
 from dirtylog.linux.attach import Attached, attach
+from dirtylog.linux.fault_count import FaultCount
 from dirtylog.linux.freezer import Freezer
 from dirtylog.linux.mappings import Selection, read_mappings
 from dirtylog.linux.pagemap import Pagemap
@@ -84,6 +85,7 @@ class ProcessMemory:
             resources.callback(os.close, self._pidfd)
             resources.callback(self._leave_space)
             check_has_memory(pid, read_status(pid))
+            self._faults = FaultCount(pid)
             self._space = Pagemap(pid)
             self._port = self._choose(options.port)
             resources.callback(self._port.close)
@@ -120,6 +122,14 @@ class ProcessMemory:
         return tuple(self._follows.gaps(self._port))
 
     @property
+    def held(self) -> int:
+        """Bytes that hold something: what the process has in memory and in swap, or less if the slots are fewer; 0 at its end."""
+        try:
+            return min(sum(slot.nbytes for slot in self.slots), read_status(self.pid).held)
+        except TargetGoneError:
+            return 0
+
+    @property
     def skipped(self) -> tuple[Skipped, ...]:
         """The mappings that are not logged, and why."""
         return self._follows.skipped
@@ -138,6 +148,13 @@ class ProcessMemory:
     def stats(self) -> ProcessStats:
         """What was counted so far."""
         return ProcessStats(len(self.slots), len(self.skipped), self._programs)
+
+    @property
+    def faults(self) -> int | None:
+        """Page faults of all its threads, through every program that it executes; None once it has ended."""
+        faults = self._faults.since()
+        # Looked at afterwards: had it ended before, the number may be of another process.
+        return None if self._closed or self._has_ended() else faults
 
     def update_slots(self) -> list[MemorySlot]:
         """Make slots of new mappings, drop those of mappings that are gone or are others now; return what is not logged yet."""
@@ -205,6 +222,11 @@ class ProcessMemory:
         if len(offsets):
             write_runs(self.pid, runs_of(offsets, memslot.host_address, memslot.page_size), contents.reshape(-1))
 
+    @property
+    def paused(self) -> bool:
+        """Whether its threads stand still."""
+        return self._freezer.frozen or (self._launched is not None and not self._launched.started)
+
     def pause(self) -> None:
         """Return when none of its threads runs. Neither it nor its parent sees that; should we die, it runs on."""
         self._freezer.freeze()
@@ -229,8 +251,11 @@ class ProcessMemory:
         """Raise :class:`TargetGoneError` if the process has ended."""
         if self._closed:
             raise DirtyLogError("this memory is closed")
-        if select.select([self._pidfd], [], [], 0)[0]:
+        if self._has_ended():
             raise TargetGoneError(f"process {self.pid} has ended", pid=self.pid)
+
+    def _has_ended(self) -> bool:
+        return bool(select.select([self._pidfd], [], [], 0)[0])
 
     def close(self) -> None:
         """Let the process go: nothing of this is left in it. A second call does nothing."""
