@@ -1,0 +1,1 @@
+"""Checkpoints of memory, incremental ones: docs/checkpoint.md for users and maintainers."""
