@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -290,7 +291,11 @@ def test_the_demo_copies_a_running_guest_on_every_port(tmp_path: Path) -> None:
     assert (tmp_path / "heat.png").stat().st_size > 10_000
 
 
-def test_every_command_has_help_with_an_example_that_works(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help_with_an_example_that_works(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One after the other in one folder: some read what others have written.
+    monkeypatch.chdir(tmp_path)
     for command in COMMANDS:
         with pytest.raises(SystemExit) as leave:
             parser().parse_args([command.__name__.lower(), "--help"])
@@ -298,7 +303,7 @@ def test_every_command_has_help_with_an_example_that_works(capsys: pytest.Captur
         text = capsys.readouterr().out
         assert command.example in text
     for example in (command.example for command in COMMANDS if "demo" not in command.example):
-        assert main(example.split()[1:]) == 0
+        assert main(shlex.split(example)[1:]) == 0, example
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,8 @@ def test_the_public_names() -> None:
         "MemorySlot",
         "Port",
         "ProtectPort",
+        "Recorder",
+        "Recording",
         "SlotFlags",
         "SlotTable",
         "SyncPort",
@@ -94,6 +96,7 @@ def test_the_public_names() -> None:
         "UnsupportedError",
         "empty",
         "open",
+        "record",
         "track",
     ]
 

@@ -21,6 +21,9 @@ from dirtylog.guests.image import Image
 from dirtylog.memory import Memory
 from dirtylog.memslot import MemorySlot, SlotFlags, SlotTable
 from dirtylog.port import Exactness, KernelPort, Port, ProtectPort, SyncPort
+from dirtylog.recording.background import record
+from dirtylog.recording.reader import Recording
+from dirtylog.recording.recorder import Recorder
 from dirtylog.target import open_target as open  # noqa: A004 - dirtylog.open, as gzip.open
 
 __all__ = [
@@ -44,6 +47,8 @@ __all__ = [
     "MemorySlot",
     "Port",
     "ProtectPort",
+    "Recorder",
+    "Recording",
     "SlotFlags",
     "SlotTable",
     "SyncPort",
@@ -51,5 +56,6 @@ __all__ = [
     "UnsupportedError",
     "empty",
     "open",
+    "record",
     "track",
 ]

@@ -67,8 +67,16 @@ class DirtyLog:
         self._take = _generic_get(memory.port)
         _logs.add(self)
 
-    def start(self) -> None:
-        """Begin to log every slot. Consumers from before a :meth:`stop` find all pages dirty: nobody saw what was written since."""
+    @property
+    def on(self) -> bool:
+        """Whether it logs."""
+        return self._on
+
+    def start(self, *, contents: bool = False) -> None:
+        """Begin to log every slot. Consumers from before a :meth:`stop` find all pages dirty: nobody saw what was written since.
+
+        With ``contents`` the pages that hold something already count as written: for consumers that copy the memory.
+        """
         with self._lock, self.memory.slots.lock:
             for slot in self.memory.slots:
                 if slot.dirty_bitmap is not None:
@@ -81,7 +89,7 @@ class DirtyLog:
             try:
                 for slot in self.memory.slots:
                     started.append(slot.id)
-                    start_logging(self.memory, slot.id, initially_all_set=self.initially_all_set)
+                    start_logging(self.memory, slot.id, initially_all_set=self.initially_all_set, contents=contents)
             except BaseException:
                 for slot_id in started:
                     stop_logging(self.memory, slot_id)

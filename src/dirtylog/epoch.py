@@ -67,6 +67,19 @@ class PendingPages:
         self._pending = {slot: DirtyBitmap(slot.npages) for slot in self._taken}
         return {slot.id: pages.copy() for slot, pages in self._taken.items()}
 
+    def take_more(self) -> dict[int, DirtyBitmap]:
+        """Take what has come since :meth:`take` too, and return a copy of just that."""
+        fresh = self._pending
+        self._pending = {slot: DirtyBitmap(slot.npages) for slot in fresh}
+        taken = {slot: pages for slot, pages in self._taken.items() if slot in fresh}
+        for slot, pages in fresh.items():
+            if slot in taken:
+                taken[slot] |= pages
+            else:
+                taken[slot] = pages.copy()
+        self._taken = taken
+        return {slot.id: pages.copy() for slot, pages in fresh.items()}
+
     def commit(self) -> None:
         """Forget what was taken."""
         self._taken = {}
@@ -109,6 +122,14 @@ class Consumer:
             self._open = epoch
             return dirty
 
+    def more(self, epoch: Epoch) -> dict[int, DirtyBitmap]:
+        """Take what was written since, for the open epoch too."""
+        with self._lock:
+            if self._open is not epoch:
+                raise InvalidArgumentError(f"this epoch of consumer {self.name!r} is not open", remedy="take more before it ends")
+            self._drain()
+            return self.pending.take_more()
+
     def end(self, epoch: Epoch, *, commit: bool) -> None:
         """End ``epoch``; does nothing if it is not the open one."""
         with self._lock:
@@ -149,6 +170,10 @@ class Epoch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.consumer.end(self, commit=kind is None)
+
+    def more(self) -> dict[int, DirtyBitmap]:
+        """Take what was written since the epoch began, or since the last call, and return just that; one rollback gives all back."""
+        return self.consumer.more(self)
 
     def commit(self) -> None:
         """Forget the pages: they are safe."""

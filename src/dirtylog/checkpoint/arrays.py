@@ -60,14 +60,14 @@ def restore(
             raise InvalidArgumentError(f"checkpoint {checkpoint.id} has no arrays", remedy="restore its memory instead")
         maps = store.maps(checkpoint.id)
         if into is None:
-            return {name: _as_array(_bytes_of(store, slot, maps[slot.key], mapped=mapped), slot) for name, slot in slots.items()}
+            return {name: array_of(_bytes_of(store, slot, maps[slot.key], mapped=mapped), slot) for name, slot in slots.items()}
         for name, array in into.items():
             if name not in slots:
                 raise InvalidArgumentError(f"checkpoint {checkpoint.id} has no array {name!r}", remedy=f"it has {', '.join(slots)}")
             _check_same(name, array, slots[name])
         for name, array in into.items():
             slot = slots[name]
-            saved = _as_array(_bytes_of(store, slot, maps[slot.key], mapped=True), slot)
+            saved = array_of(_bytes_of(store, slot, maps[slot.key], mapped=True), slot)
             _put(array, saved)
         return dict(into)
 
@@ -88,11 +88,14 @@ def _bytes_of(store: Store, slot: SlotLayout, pages: Any, *, mapped: bool) -> ND
         return np.frombuffer(mmap.mmap(file.fileno(), slot.nbytes, access=mmap.ACCESS_READ), np.uint8)
 
 
-def _as_array(octets: NDArray[np.uint8], slot: SlotLayout) -> NDArray[Any]:
+def array_of(octets: NDArray[np.uint8], slot: SlotLayout) -> NDArray[Any]:
+    """Return the array that a slot's pages hold."""
     facts = slot.array or {}
     try:
         dtype = descr_to_dtype(_tuples(facts["dtype"]))
-        return np.ndarray(tuple(facts["shape"]), dtype, buffer=octets.data, offset=facts["offset"], strides=tuple(facts["strides"]))
+        return np.ndarray(
+            tuple(facts["shape"]), dtype, buffer=octets.reshape(-1).data, offset=facts["offset"], strides=tuple(facts["strides"])
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptDataError(f"the array {slot.name!r} cannot be made of its pages", reason=str(error)) from error
 

@@ -49,6 +49,7 @@ _CHECKSUMS: dict[str, Callable[[], Checksum]] = {
     "blake2b": lambda: Checksum("blake2b", 32, lambda octets: hashlib.blake2b(octets, digest_size=32).digest()),
     "sha256": lambda: Checksum("sha256", 32, lambda octets: hashlib.sha256(octets).digest()),
 }
+CHECKSUMS = tuple(_CHECKSUMS)
 
 
 def checksum(name: str | None = None) -> Checksum:

@@ -37,6 +37,10 @@ class Draft:
         self._batches: list[BatchRow] = []
         self._segments: dict[int, int] = {}
         self._maps: dict[int, PageMap] = {}
+        self._done = 0
+        self.expected = 0
+        """How many bytes of pages it is known to take."""
+        self.progress: Callable[[int, int], None] = lambda _done, _expected: None
         self.stored = 0
         """How many bytes were written so far."""
 
@@ -70,6 +74,8 @@ class Draft:
             read(some, into)
             parts.append((some, self._keep(into)))
             at += len(some)
+            self._done += into.nbytes
+            self.progress(self._done, self.expected)
             if self._filled == len(self._buffer):
                 self._flush()
         taken = PageMap.of(parts)

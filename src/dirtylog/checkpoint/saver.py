@@ -90,23 +90,29 @@ class Checkpointer:
             self._parts = [_part_of(what, name, resources)] if isinstance(what, DirtyLog) else _arrays_of(what, name, resources)
             self._resources = resources.pop_all()
 
-    def save(self, note: str = "", *, pause: bool = True) -> Checkpoint:
+    def save(
+        self, note: str = "", *, pause: bool = True, progress: Callable[[int, int], None] = lambda _done, _total: None
+    ) -> Checkpoint:
         """Save a checkpoint, and return it when it is safe on the disk.
 
         What runs is saved in rounds, each of what was written during the one before, and paused for the last one, unless ``pause``
-        is false. On any failure nothing of it is in the store, and the next checkpoint has these pages too.
+        is false. On any failure nothing of it is in the store, and the next checkpoint has these pages too. ``progress`` is told
+        how many bytes are done, of how many that are known of.
         """
         runs = pause and any(not part.memory.paused for part in self._parts if part.array is None)
-        return self._save(note, self._paused if runs else None)
+        return self._save(note, self._paused if runs else None, progress)
 
     def begin(self, note: str = "") -> Saving:
         """Begin a checkpoint in the background, while the program goes on; :meth:`Saving.finish` is the instant that it has."""
         return Saving(self._save, note)
 
-    def _save(self, note: str, still: Callable[[], Any] | None) -> Checkpoint:
+    def _save(
+        self, note: str, still: Callable[[], Any] | None, progress: Callable[[int, int], None] = lambda _done, _total: None
+    ) -> Checkpoint:
         """Save, in rounds if there is a context ``still`` in which the memory stands still for the last one."""
         with self._lock, ExitStack() as epochs:
             draft = self.store.draft(compression=self._compression)
+            draft.progress = progress
             try:
                 opened = [(part, epochs.enter_context(part.consumer.epoch())) for part in self._parts]
                 nbytes = sum(self._write(draft, part, epoch.dirty) for part, epoch in opened)
@@ -131,6 +137,7 @@ class Checkpointer:
 
     def _write(self, draft: Draft, part: _Part, dirty: dict[int, DirtyBitmap]) -> int:
         """Write dirty pages of a part, and of slots that the store has not met all pages; return how many bytes."""
+        draft.expected += sum(bitmap.count() * part.memory.slots[number].page_size for number, bitmap in dirty.items())
         nbytes = 0
         memory = part.memory
         for slot_id, bitmap in dirty.items():
@@ -144,6 +151,7 @@ class Checkpointer:
                 draft.zeros(key, slot.npages)
                 if not part.has_contents:
                     bitmap = DirtyBitmap(slot.npages)  # noqa: PLW2901 - all of it, whatever was dirty
+                    draft.expected += (slot.npages - dirty[slot_id].count()) * slot.page_size
                     bitmap.set_range(0, slot.npages)
             pages = bitmap.pages()
             if len(pages):

@@ -84,7 +84,9 @@ class Checkpoint:
 
 
 class Store:
-    """An open store; a context manager. ``write`` makes it if need be, and holds it against other writers until it is closed.
+    """An open store; a context manager.
+
+    ``write`` holds it against other writers until it is closed, and makes it if need be, unless ``create`` is false.
 
     ``checksum`` is that of a new store: "xxh3" (the default where xxhash is installed), "crc32", "blake2b" or "sha256".
 
@@ -92,7 +94,7 @@ class Store:
     when somebody else writes to it, :class:`CorruptDataError`.
     """
 
-    def __init__(self, path: str | Path, *, write: bool = False, checksum_name: str | None = None) -> None:
+    def __init__(self, path: str | Path, *, write: bool = False, create: bool = True, checksum_name: str | None = None) -> None:
         self.path = Path(path)
         self.folder = self.path / SEGMENTS
         self._resources = ExitStack()
@@ -100,10 +102,13 @@ class Store:
         self._spoiled: set[int] = set()
         self._can_write = write
         with ExitStack() as resources:
-            if write:
+            if write and create:
                 _make(self.path, self.folder)
+            elif not (self.path / INDEX).exists():
+                raise InvalidArgumentError(f"{str(self.path)!r} is no checkpoint store: it has no {INDEX}")
+            if write:
                 resources.callback(os.close, _lock(self.path / _LOCK))
-            name = checksum(checksum_name).name if write else None
+            name = checksum(checksum_name).name if write and create else None
             self.index = resources.enter_context(Index(self.path / INDEX, create=name, write=write))
             self.checksum: Checksum = checksum(self.index.facts().checksum)
             if checksum_name is not None and checksum_name != self.checksum.name:
@@ -160,7 +165,8 @@ class Store:
         try:
             if self._segment is not None and self._segment.nbytes >= segments.FULL_BYTES:
                 self._segment.sync()
-                self.leave_segment()
+                # The index does not know yet how long it has become.
+                self.avoid(self._segment.number)
             if self._segment is None:
                 self._segment = self._next_segment()
             offset = self._segment.append(data)
@@ -185,7 +191,7 @@ class Store:
             self._segment = None
 
     def avoid(self, segment: int) -> None:
-        """Append nothing more to a segment: it is about to go."""
+        """Append nothing more to a segment: it is full, or about to go."""
         self._spoiled.add(segment)
         if self._segment is not None and self._segment.number == segment:
             self.leave_segment()

@@ -8,9 +8,17 @@ import sys
 from typing import TYPE_CHECKING
 
 from dirtylog.cli.check import Check
+from dirtylog.cli.checkpoint import Checkpoint
 from dirtylog.cli.demo import Demo
 from dirtylog.cli.exits import ExitCode, exit_code_of
+from dirtylog.cli.export import Export
+from dirtylog.cli.rate import Rate
+from dirtylog.cli.record import Record
+from dirtylog.cli.report import Report
+from dirtylog.cli.restore import Restore
 from dirtylog.cli.run import Run
+from dirtylog.cli.stores import Checkpoints, Diff, Prune, Verify
+from dirtylog.cli.top import Top
 from dirtylog.errors import DirtyLogError
 
 if TYPE_CHECKING:
@@ -18,7 +26,11 @@ if TYPE_CHECKING:
 
     from dirtylog.cli.command import Command
 
-COMMANDS: tuple[type[Command], ...] = (Check, Run, Demo)
+COMMANDS: tuple[type[Command], ...] = (
+    *(Check, Run, Rate, Top, Record, Report, Export),
+    *(Checkpoint, Checkpoints, Restore, Verify, Diff, Prune),
+    Demo,
+)
 
 _EPILOG = """exit status: 0 done; 1 failed; 2 usage; 3 this host cannot; 4 permission; 5 the target vanished;
 6 done, but coverage was incomplete; 7 verification found a difference; 130 interrupted"""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import math
-import threading
+import os
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from dirtylog.checkpoint.retention import Keep
 from dirtylog.errors import DirtyLogError, InvalidArgumentError
-from dirtylog.size import parse_size
+from dirtylog.size import parse_bandwidth, parse_seconds, parse_size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+
+_PORTS = 1 << 16
 
 
 def count(text: str) -> int:
@@ -39,13 +44,26 @@ def selection(text: str) -> str:
 
 
 def seconds(text: str) -> float:
-    """Return a number of seconds above 0."""
+    """Return a time in seconds, above 0."""
     try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= threading.TIMEOUT_MAX:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0, and at most {threading.TIMEOUT_MAX:.0f}")
+        return parse_seconds(text)
+    except DirtyLogError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def bandwidth(text: str) -> float:
+    """Return a bandwidth in bytes a second."""
+    try:
+        return parse_bandwidth(text)
+    except DirtyLogError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def port(text: str) -> int:
+    """Return the number of a TCP port."""
+    value = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(_PORTS)) else 0
+    if not 1 <= value < _PORTS:
+        raise argparse.ArgumentTypeError(f"{text!r} must be the number of a TCP port, 1 to {_PORTS - 1}")
     return value
 
 
@@ -66,6 +84,37 @@ def address(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be an address, such as 4096 or 0x1000")
     return value
+
+
+def rule(text: str) -> str:
+    """Return a rule of what to keep."""
+    try:
+        Keep.of([text])
+    except DirtyLogError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder if it is not there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidArgumentError(f"{str(path)!r} cannot be made", errno=error.errno, reason=error.strerror) from error
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Yield a name beside ``path`` to write to, which becomes ``path`` when all is written; on an error nothing of it is left."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise DirtyLogError(f"{str(path)!r} cannot be written", errno=error.errno, reason=error.strerror) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def check_output(path: Path, *, force: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -15,9 +16,12 @@ from dirtylog.dirty_log import DirtyLog
 from dirtylog.emulated.arch import PORTS
 from dirtylog.errors import AccessDeniedError, UnsupportedError
 from dirtylog.guests.machine import RAM_SLOT
-from dirtylog.observe.heatmap import HeatMap
 from dirtylog.observe.rounds import rounds
 from dirtylog.options import Log
+from dirtylog.recording.reader import Recording
+from dirtylog.recording.recorder import Recorder
+from dirtylog.report.page import page
+from dirtylog.report.picture import picture
 from dirtylog.size import format_size
 from dirtylog.target import open_guest
 
@@ -36,11 +40,11 @@ _PICTURE_SIZES = {"kvm": 256 << 20, "emu:x86": 64 << 20}
 
 
 class Demo(Command):
-    """Watch dirty page logging work on every source that this host has, and draw a heat map.
+    """Watch dirty page logging work on every kind of guest that this host has, and draw what a guest writes.
 
     Each guest, KVM's with each of the kernel's logs and those of ten emulated architectures, runs without a stop while its memory
     is copied: after each get, the pages that it reports are copied again. In the end the guest is paused, and after one last get
-    the copy must equal its memory. Exits 7 if one differs.
+    the copy must equal its memory. Exits 7 if one differs. At the end stand a picture and a report, a page for a browser.
     """
 
     example: ClassVar[str] = "dirtylog demo -o demo.png"
@@ -48,12 +52,20 @@ class Demo(Command):
     @staticmethod
     def prepare(parser: argparse.ArgumentParser) -> None:
         """Add the arguments of demo."""
-        parser.add_argument("-o", "--output", type=Path, default=Path("demo.png"), help="the picture (default: %(default)s)")
+        parser.add_argument(
+            "-o",
+            "--output",
+            type=Path,
+            default=Path("demo.png"),
+            help="the picture (default: %(default)s); the report is beside it, in .html",
+        )
         parser.add_argument("-f", "--force", action="store_true", help="replace the picture if it exists")
 
     def run(self, args: argparse.Namespace) -> ExitCode:
         """Run a guest on each port, then the long run on the best source."""
-        arguments.check_output(args.output, force=args.force)
+        report = args.output.with_suffix(".html")
+        for path in (args.output, report):
+            arguments.check_output(path, force=args.force)
         print(f"A guest of {_SIZE >> 20} MiB on each port writes its memory while {_ROUNDS} gets copy what it wrote.")
         print(f"{'port':<10} {'pages reported':>15} {'get ms':>8}   copy equals memory")
         best, different, missing = "emu:x86", False, False
@@ -69,8 +81,10 @@ class Demo(Command):
             except UnsupportedError as error:
                 print(f"{name:<10} skipped: {error}")
                 missing = True
-        _draw(best, args.output)
-        print(f"wrote {args.output}: which pages were written, round by round")
+        with tempfile.TemporaryDirectory() as folder:
+            recorded = Path(folder) / "demo.dlog"
+            _record(best, recorded)
+            missing |= not _draw(recorded, args.output, report)
         if different:
             return ExitCode.DIFFERENT
         return ExitCode.CANNOT if missing else ExitCode.DONE
@@ -97,19 +111,43 @@ def _copy(memory: EmulatedMemory | KvmMemory, dirty: np.ndarray[tuple[int], np.d
     return len(dirty)
 
 
-def _draw(target: str, path: Path) -> None:
+def _record(target: str, path: Path) -> None:
     nbytes = _PICTURE_SIZES[target]
     print(f"\nFour vCPUs of a guest of {format_size(nbytes)} ({target}): three write a hot set each, the last sweeps it all.")
     with open_guest(f"{target}:hotset", size=nbytes, vcpus=4) as memory, DirtyLog(memory) as log:
-        slot = memory.slots[RAM_SLOT]
-        picture = HeatMap(slot.npages, slot.page_size)
-        began = time.perf_counter()
-        pages = 0
-        memory.resume()
-        for found in rounds(log, _PICTURE_ROUNDS, _INTERVAL):
-            picture.add(found.dirty[slot], found.seconds)
-            pages += found.dirty_pages
-        memory.pause()
-        memory.check()
+        with Recorder(path, memory, target=f"{target}:hotset, 4 vCPUs") as recorder:
+            began = time.perf_counter()
+            pages = 0
+            memory.resume()
+            for found in rounds(log, _PICTURE_ROUNDS, _INTERVAL):
+                recorder.add(found)
+                pages += found.dirty_pages
+            memory.pause()
+            memory.check()
         print(f"{_PICTURE_ROUNDS} rounds in {time.perf_counter() - began:.1f} s, {pages} pages reported")
-        picture.save(path, f"Hot-set guest, {memory.port.name}, 4 vCPUs: pages written in each round")
+
+
+def _draw(recorded: Path, output: Path, report: Path) -> bool:
+    """Draw the picture and the page; return whether both could be."""
+    complete = True
+    with Recording(recorded) as recording:
+        for path, what, write in (
+            (output, "which pages were written, round by round", lambda part: picture(recording, part, output.suffix[1:])),
+            (
+                report,
+                "the same to zoom into, with the dirty rate and what a migration would cost",
+                lambda part: _page(recording, part),
+            ),
+        ):
+            try:
+                with arguments.written(path) as part:
+                    write(part)
+                print(f"wrote {path}: {what}")
+            except UnsupportedError as error:
+                print(f"skipped {path}: {error}")
+                complete = False
+    return complete
+
+
+def _page(recording: Recording, part: Path) -> None:
+    part.write_text(page(recording), "utf-8")

@@ -70,7 +70,7 @@ class Recording:
                     self._database.execute(f"SELECT {columns} FROM rounds ORDER BY round").fetchall(),  # noqa: S608 - our own names
                     ROUND,
                 )
-                self.marks = tuple(Mark(*row) for row in self._database.execute("SELECT * FROM marks ORDER BY seconds"))
+                self.marks = tuple(Mark(*row) for row in self._database.execute("SELECT seconds, text FROM marks ORDER BY mark"))
         except BaseException:
             self.close()
             raise
@@ -169,13 +169,17 @@ class Recording:
         if not len(runs.slot):
             return
         lengths = np.array([slot.npages for slot in self.slots], np.int64)
-        if runs.slot.max() >= len(lengths) or (runs.first + runs.npages > lengths[runs.slot]).any():
+        known = runs.slot.max() < len(lengths) and runs.first.min() >= 0 and runs.npages.min() > 0
+        if not known or (runs.npages > lengths[runs.slot] - runs.first).any():
             raise CorruptDataError(f"the recording {str(self.path)!r} has pages that none of its slots has")
 
     def _check(self) -> None:
-        kind, version = (self._database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+        pages, kind, version = (
+            self._database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "application_id", "user_version")
+        )
         if kind != APPLICATION_ID:
-            raise InvalidArgumentError(f"{str(self.path)!r} is no recording", reason="it is another program's SQLite file")
+            reason = "it is another program's SQLite file" if pages else "it is empty"
+            raise InvalidArgumentError(f"{str(self.path)!r} is no recording", reason=reason)
         if version > VERSION:
             raise UnsupportedError(
                 f"the recording {str(self.path)!r} has version {version}, and this dirtylog reads up to {VERSION}",

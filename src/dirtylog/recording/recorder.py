@@ -29,13 +29,11 @@ from dirtylog.errors import DirtyLogError, InvalidArgumentError
 from dirtylog.memslot import SlotFlags
 from dirtylog.recording.runs import pack
 from dirtylog.recording.schema import (
-    APPLICATION_ID,
+    CREATE,
     INSERT_FACT,
     INSERT_MARK,
     INSERT_ROUND,
     INSERT_SLOT,
-    TABLES,
-    VERSION,
     RoundRow,
 )
 
@@ -65,17 +63,16 @@ class Recorder:
         self._memory = memory
         self._lock = threading.Lock()
         self._slots: dict[MemorySlot, int] = {}
-        self._pending: list[tuple[str, tuple[Any, ...]]] = []
+        self._marks = 0
+        self._pending: list[tuple[str, tuple[Any, ...]]] = [(statement, ()) for statement in CREATE]
         self._told: dict[str, Any] = {}
         self._file: int | None = _create(self.path, overwrite=overwrite)
         self._faults = memory.faults
         self._began = time.perf_counter()
         self._database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=_BUSY_SECONDS)
         try:
-            self._database.executescript(
-                f"PRAGMA journal_mode=DELETE; PRAGMA synchronous=OFF; PRAGMA application_id={APPLICATION_ID}; BEGIN; {TABLES}"
-                f"PRAGMA user_version={VERSION}; COMMIT"
-            )
+            self._database.execute("PRAGMA journal_mode=DELETE")
+            self._database.execute("PRAGMA synchronous=OFF")
             self._tell(
                 target=target,
                 port=memory.port.name,
@@ -123,7 +120,8 @@ class Recorder:
     def mark(self, text: str) -> None:
         """Set a mark at this instant."""
         with self._lock:
-            self._pending.append((INSERT_MARK, (time.perf_counter() - self._began, text)))
+            self._marks += 1
+            self._pending.append((INSERT_MARK, (self._marks, time.perf_counter() - self._began, text)))
             self._commit()
 
     def close(self, status: int = 0) -> None:
@@ -148,7 +146,7 @@ class Recorder:
     def _number(self, slot: MemorySlot) -> int:
         number = self._slots.get(slot)
         if number is None:
-            number = self._slots[slot] = len(self._slots)
+            number = len(self._slots)
             place = (
                 number,
                 slot.id,
@@ -159,7 +157,9 @@ class Recorder:
                 slot.host_address,
             )
             mapping = (_storable(slot.name), slot.permissions, slot.file_offset, int(slot.anonymous))
+            # In this order: an interrupt between the two leaves a row that is written again.
             self._pending.append((INSERT_SLOT, place + mapping))
+            self._slots[slot] = number
         return number
 
     def _tell_of_memory(self) -> None:
@@ -171,8 +171,8 @@ class Recorder:
     def _tell(self, **facts: Any) -> None:  # noqa: ANN401 - whatever JSON has
         for name, value in facts.items():
             if name not in self._told or self._told[name] != value:
-                self._told[name] = value
                 self._pending.append((INSERT_FACT, (name, json.dumps(value))))
+                self._told[name] = value
 
     def _commit(self, *, last: bool = False) -> None:
         """Write what is pending, or keep it if somebody reads just now."""
@@ -184,9 +184,11 @@ class Recorder:
                 self._database.execute(statement, values)
             self._database.execute("COMMIT")
             self._pending.clear()
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
+        except BaseException as error:
+            if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
+            if not isinstance(error, sqlite3.Error):
+                raise
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or last:
                 raise self._failure(error) from error
 

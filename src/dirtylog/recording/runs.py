@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from dirtylog import varint
 from dirtylog.errors import CorruptDataError
 
 if TYPE_CHECKING:
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_BITS = 7
-_MORE = 0x80
-_LONGEST = 5
-"""A slot has at most 2**31 - 1 pages: no number in a round needs more octets."""
 _LEVEL = 1
 
 
@@ -54,7 +51,7 @@ def pack(slots: Mapping[int, NDArray[np.int64]]) -> Packed:
     gaps[begins] = rows[begins, 0]
     head = np.array(list(zip(slots, counts, strict=True)), np.int64).reshape(-1)
     numbers = np.concatenate((head, gaps, rows[:, 1] - 1))
-    return Packed(len(slots), len(rows), zlib.compress(_encode(numbers), _LEVEL))
+    return Packed(len(slots), len(rows), zlib.compress(varint.encode(numbers), _LEVEL))
 
 
 def unpack(rounds: NDArray[np.int64], packed: Sequence[Packed]) -> Runs:
@@ -62,7 +59,7 @@ def unpack(rounds: NDArray[np.int64], packed: Sequence[Packed]) -> Runs:
     slots = np.array([one.slots for one in packed], np.int64)
     runs = np.array([one.runs for one in packed], np.int64)
     lengths = 2 * (slots + runs)
-    numbers = _decode(b"".join(_inflate(one, length) for one, length in zip(packed, lengths.tolist(), strict=True)))
+    numbers = varint.decode(b"".join(_inflate(one, length) for one, length in zip(packed, lengths.tolist(), strict=True)))
     if len(numbers) != lengths.sum():
         raise CorruptDataError(f"a round of this recording has {len(numbers)} numbers where {lengths.sum()} are due")
     begins = np.cumsum(lengths) - lengths
@@ -97,41 +94,9 @@ def _inflate(packed: Packed, length: int) -> bytes:
     """Return the numbers' octets, and no more than so many numbers can have."""
     stream = zlib.decompressobj()
     try:
-        data = stream.decompress(packed.data, _LONGEST * length + 1)
+        data = stream.decompress(packed.data, varint.LONGEST * length + 1)
     except zlib.error as error:
         raise CorruptDataError("a round of this recording does not inflate", reason=str(error)) from error
-    if not stream.eof or (data and data[-1] & _MORE):
+    if not stream.eof:
         raise CorruptDataError("a round of this recording is longer than it says, or ends early")
     return data
-
-
-def _encode(numbers: NDArray[np.int64]) -> bytes:
-    sizes = np.ones(len(numbers), np.int64)
-    for octets in range(1, _LONGEST):
-        sizes += numbers >> (octets * _BITS) != 0
-    ends = np.cumsum(sizes)
-    data = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
-    begins = ends - sizes
-    for octet in range(_LONGEST):
-        has = sizes > octet
-        if not has.any():
-            break
-        more = np.where(sizes[has] > octet + 1, _MORE, 0)
-        data[begins[has] + octet] = (numbers[has] >> (octet * _BITS)) & (_MORE - 1) | more
-    return data.tobytes()
-
-
-def _decode(data: bytes) -> NDArray[np.int64]:
-    octets = np.frombuffer(data, np.uint8)
-    ends = np.flatnonzero(octets < _MORE)
-    begins = np.concatenate(([0], ends[:-1] + 1)) if len(ends) else ends
-    sizes = ends - begins + 1
-    if len(sizes) and sizes.max() > _LONGEST:
-        raise CorruptDataError("a number in this recording is too long")
-    numbers = octets[begins].astype(np.int64) & (_MORE - 1)
-    for octet in range(1, _LONGEST):
-        has = np.flatnonzero(sizes > octet)
-        if not len(has):
-            break
-        numbers[has] |= (octets[begins[has] + octet].astype(np.int64) & (_MORE - 1)) << (octet * _BITS)
-    return numbers

@@ -11,23 +11,30 @@ APPLICATION_ID = 0x444C4F47
 VERSION = 1
 """SQLite's user_version: of the tables and of the packing."""
 
-TABLES = """
-CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE slots (
-    slot INTEGER PRIMARY KEY, id INTEGER NOT NULL, base_gfn INTEGER NOT NULL, npages INTEGER NOT NULL, page_size INTEGER NOT NULL,
-    flags INTEGER NOT NULL, host_address INTEGER NOT NULL, name NOT NULL, permissions TEXT NOT NULL, file_offset INTEGER NOT NULL,
-    anonymous INTEGER NOT NULL
-);
-CREATE TABLE rounds (
-    round INTEGER PRIMARY KEY, began REAL NOT NULL, seconds REAL NOT NULL, get_seconds REAL NOT NULL, slots INTEGER NOT NULL,
-    runs INTEGER NOT NULL, pages INTEGER NOT NULL, nbytes INTEGER NOT NULL, crc INTEGER NOT NULL, data BLOB NOT NULL
-);
-CREATE TABLE marks (seconds REAL NOT NULL, text TEXT NOT NULL);
-"""
+CREATE = (
+    "CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    """
+    CREATE TABLE IF NOT EXISTS slots (
+        slot INTEGER PRIMARY KEY, id INTEGER NOT NULL, base_gfn INTEGER NOT NULL, npages INTEGER NOT NULL,
+        page_size INTEGER NOT NULL, flags INTEGER NOT NULL, host_address INTEGER NOT NULL, name NOT NULL,
+        permissions TEXT NOT NULL, file_offset INTEGER NOT NULL, anonymous INTEGER NOT NULL
+    )
+    """,
+    """
+    CREATE TABLE IF NOT EXISTS rounds (
+        round INTEGER PRIMARY KEY, began REAL NOT NULL, seconds REAL NOT NULL, get_seconds REAL NOT NULL, slots INTEGER NOT NULL,
+        runs INTEGER NOT NULL, pages INTEGER NOT NULL, nbytes INTEGER NOT NULL, crc INTEGER NOT NULL, data BLOB NOT NULL
+    )
+    """,
+    "CREATE TABLE IF NOT EXISTS marks (mark INTEGER PRIMARY KEY, seconds REAL NOT NULL, text TEXT NOT NULL)",
+    f"PRAGMA application_id={APPLICATION_ID}",
+    f"PRAGMA user_version={VERSION}",
+)
+"""What makes an empty file a recording, in one transaction. All statements here may be done again, after an interrupt for one."""
 
-INSERT_SLOT = "INSERT INTO slots VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-INSERT_ROUND = "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-INSERT_MARK = "INSERT INTO marks VALUES (?, ?)"
+INSERT_SLOT = "INSERT OR REPLACE INTO slots VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+INSERT_ROUND = "INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+INSERT_MARK = "INSERT OR REPLACE INTO marks VALUES (?, ?, ?)"
 INSERT_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
 
 _SUMMED = struct.Struct("<q3d4q")

@@ -1,0 +1,1 @@
+"""What a recording shows: a page for the browser, and a picture for paper."""
