@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from chromium import missing_chromium
 from kvm_here import missing_kvm
 
 if TYPE_CHECKING:
@@ -38,6 +39,13 @@ def _resources() -> list[tuple[str, bool, str]]:
     return [
         ("Unicorn", importlib.util.find_spec("unicorn") is not None, "guests of eight instruction sets"),
         ("Matplotlib", importlib.util.find_spec("matplotlib") is not None, "heat maps"),
+        ("Plotly", importlib.util.find_spec("plotly") is not None, "report pages"),
+        ("Chromium", missing_chromium() is None, "report pages in a browser"),
+        ("Textual", importlib.util.find_spec("textual") is not None, "the live view"),
+        ("tmux", shutil.which("tmux") is not None, "the live view in a terminal"),
+        ("prometheus-client", importlib.util.find_spec("prometheus_client") is not None, "metrics, scraped"),
+        ("pyarrow", importlib.util.find_spec("pyarrow") is not None, "recordings as Parquet"),
+        ("strace", shutil.which("strace") is not None, "stores whose writer is killed at every system call"),
         *(
             (f"binutils {tool}", find_tool(tool, "as") is not None, "the guest program is what its source says")
             for tool in CROSS_TOOLS
