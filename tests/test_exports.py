@@ -69,6 +69,7 @@ def test_the_public_names() -> None:
     assert dirtylog.__all__ == [
         "AccessDeniedError",
         "BadSlotError",
+        "Checkpointer",
         "Consumer",
         "CopyFaultError",
         "CorruptDataError",
@@ -97,6 +98,8 @@ def test_the_public_names() -> None:
         "empty",
         "open",
         "record",
+        "restore",
+        "restore_memory",
         "track",
     ]
 

@@ -2,6 +2,9 @@
 
 from dirtylog.bitmap import DirtyBitmap
 from dirtylog.buffers.track import empty, track
+from dirtylog.checkpoint.arrays import restore
+from dirtylog.checkpoint.restore import restore_memory
+from dirtylog.checkpoint.saver import Checkpointer
 from dirtylog.dirty_log import DirtyLog
 from dirtylog.epoch import Consumer, Epoch
 from dirtylog.errors import (
@@ -29,6 +32,7 @@ from dirtylog.target import open_target as open  # noqa: A004 - dirtylog.open, a
 __all__ = [
     "AccessDeniedError",
     "BadSlotError",
+    "Checkpointer",
     "Consumer",
     "CopyFaultError",
     "CorruptDataError",
@@ -57,5 +61,7 @@ __all__ = [
     "empty",
     "open",
     "record",
+    "restore",
+    "restore_memory",
     "track",
 ]

@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from dirtylog.checkpoint.contents import Contents
+from dirtylog.checkpoint.store import Store
 from dirtylog.checkpoint.vcpus import unpack_vcpus
 from dirtylog.errors import CorruptDataError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from dirtylog.checkpoint.pages import PageMap
-    from dirtylog.checkpoint.store import Checkpoint, SlotLayout, Store
+    from dirtylog.checkpoint.store import Checkpoint, SlotLayout
     from dirtylog.memory import Memory
     from dirtylog.memslot import MemorySlot
 
@@ -50,7 +52,20 @@ def read_slot(store: Store, pages: PageMap, out: NDArray[np.uint8]) -> None:
     reading(store, read)
 
 
-def restore_memory(store: Store, checkpoint: Checkpoint, slots: Sequence[tuple[Memory, MemorySlot, str]]) -> None:
+def restore_memory(memory: Memory, path: str | Path, number: int | None = None) -> Checkpoint:
+    """Put a checkpoint of a store, by default the newest, into a memory that stands still, and return it.
+
+    Its slots must be as they were. Only pages that differ are written, each verified; a guest's vCPUs get their states back too.
+
+    Raises :class:`InvalidArgumentError` where the slots are others, :class:`CorruptDataError`.
+    """
+    with Store(path) as store:
+        checkpoint = store.checkpoint(number)
+        put_back(store, checkpoint, [(memory, slot, "") for slot in memory.slots])
+        return checkpoint
+
+
+def put_back(store: Store, checkpoint: Checkpoint, slots: Sequence[tuple[Memory, MemorySlot, str]]) -> None:
     """Put a checkpoint into memories: rows of (memory, slot, the name of an array or ""). Only pages that differ are written."""
     pairs = [(layout, *_matching(layout, slots, checkpoint)) for layout in checkpoint.slots]
     maps = store.maps(checkpoint.id)

@@ -12,7 +12,7 @@ from dirtylog.bitmap import DirtyBitmap
 from dirtylog.buffers.memory import BUFFER_SLOT
 from dirtylog.buffers.track import track
 from dirtylog.checkpoint.arrays import array_facts
-from dirtylog.checkpoint.restore import restore_memory
+from dirtylog.checkpoint.restore import put_back
 from dirtylog.checkpoint.retention import prune
 from dirtylog.checkpoint.store import Checkpoint, SlotLayout, Store
 from dirtylog.checkpoint.vcpus import pack_vcpus
@@ -199,7 +199,7 @@ class Checkpointer:
         """
         checkpoint = self.store.checkpoint(number)
         slots = [(part.memory, slot, part.name) for part in self._parts for slot in part.memory.slots]
-        restore_memory(self.store, checkpoint, slots)
+        put_back(self.store, checkpoint, slots)
         return checkpoint
 
     def prune(self, keep: Keep) -> Freed:

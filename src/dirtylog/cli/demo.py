@@ -131,23 +131,18 @@ def _draw(recorded: Path, output: Path, report: Path) -> bool:
     """Draw the picture and the page; return whether both could be."""
     complete = True
     with Recording(recorded) as recording:
-        for path, what, write in (
-            (output, "which pages were written, round by round", lambda part: picture(recording, part, output.suffix[1:])),
-            (
-                report,
-                "the same to zoom into, with the dirty rate and what a migration would cost",
-                lambda part: _page(recording, part),
-            ),
+        for path, what in (
+            (output, "which pages were written, round by round"),
+            (report, "the same to zoom into, with the dirty rate and what a migration would cost"),
         ):
             try:
                 with arguments.written(path) as part:
-                    write(part)
+                    if path == report:
+                        part.write_text(page(recording), "utf-8")
+                    else:
+                        picture(recording, part, output.suffix[1:])
                 print(f"wrote {path}: {what}")
             except UnsupportedError as error:
                 print(f"skipped {path}: {error}")
                 complete = False
     return complete
-
-
-def _page(recording: Recording, part: Path) -> None:
-    part.write_text(page(recording), "utf-8")

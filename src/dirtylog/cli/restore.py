@@ -22,6 +22,7 @@ from dirtylog.size import format_size
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from dirtylog.checkpoint.store import Checkpoint, SlotLayout
 
@@ -51,7 +52,7 @@ class Restore(Command):
             checkpoint = store.checkpoint(args.checkpoint)
             arguments.make_folder(args.output)
             paths = _paths(checkpoint, args.output)
-            for path in paths.values():
+            for _, path in paths:
                 arguments.check_output(path, force=args.force)
             with Progress("restore") as progress:
                 _write(store, checkpoint, paths, progress)
@@ -59,10 +60,10 @@ class Restore(Command):
         return ExitCode.DONE
 
 
-def _write(store: Store, checkpoint: Checkpoint, paths: dict[SlotLayout, Path], progress: Progress) -> None:
+def _write(store: Store, checkpoint: Checkpoint, paths: Sequence[tuple[SlotLayout, Path]], progress: Progress) -> None:
     maps = store.maps(checkpoint.id)
     done = 0
-    for slot, path in paths.items():
+    for slot, path in paths:
         with arguments.written(path) as part, part.open("wb") as out:
             if slot.array is None:
                 out.truncate(slot.nbytes)
@@ -79,16 +80,16 @@ def _write(store: Store, checkpoint: Checkpoint, paths: dict[SlotLayout, Path], 
         print(f"wrote {path}", file=sys.stderr)
 
 
-def _paths(checkpoint: Checkpoint, folder: Path) -> dict[SlotLayout, Path]:
+def _paths(checkpoint: Checkpoint, folder: Path) -> list[tuple[SlotLayout, Path]]:
     """Return a file for each slot: of its name as far as a file may have it, and its address."""
-    paths: dict[SlotLayout, Path] = {}
+    paths: dict[Path, SlotLayout] = {}
     for slot in checkpoint.slots:
         word = re.sub(r"[^A-Za-z0-9_.-]+", "_", slot.name.rpartition("/")[2])[:80].strip("._")
         if slot.array is not None:
             path = folder / f"{word or 'array'}.npy"
         else:
             path = folder / f"{slot.base_gfn * slot.page_size:012x}{'-' * bool(word)}{word}.bin"
-        if path in paths.values():
+        if path in paths:
             path = path.with_stem(f"{path.stem}-{slot.key}")
-        paths[slot] = path
-    return paths
+        paths[path] = slot
+    return [(slot, path) for path, slot in paths.items()]

@@ -1,0 +1,200 @@
+"""Checkpoints on the command line, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+import dirtylog as library
+from dirtylog.checkpoint.restore import read_slot
+from dirtylog.checkpoint.store import Store
+from kvm_here import missing_kvm
+from writers import dirtylog, eventually, finish, start
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SPIN = "a = bytearray(4 << 20)\nwhile True:\n for i in range(0, len(a), 4096): a[i] = (a[i] + 1) % 256"
+GUEST = ("--size", "2MiB")
+
+
+def count_in(path: Path) -> int:
+    try:
+        with Store(path) as store:
+            return len(store.checkpoints())
+    except library.DirtyLogError:
+        return 0  # it is being made
+
+
+@pytest.fixture(params=["emulated", "kvm", "command", "pid", "buffer"])
+def target(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """The words that name a target of each kind."""
+    if request.param == "kvm" and (missing := missing_kvm()):
+        pytest.skip(missing)
+    if request.param == "command":
+        yield ["--", sys.executable, "-c", SPIN]
+    elif request.param == "pid":
+        with subprocess.Popen([sys.executable, "-c", f"print(flush=True)\n{SPIN}"], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield [f"pid:{process.pid}"]
+            process.kill()
+    else:
+        yield [{"emulated": "emu:arm64:random", "kvm": "kvm:random", "buffer": "buffer:random"}[request.param], *GUEST]
+
+
+def test_checkpoints_are_saved_listed_verified_restored_and_pruned(target: list[str], tmp_path: Path) -> None:
+    path = str(tmp_path / "store")
+    ran = dirtylog("checkpoint", "-d", path, "--every", "100ms", "--count", "3", "--note", "mine", *target)
+    assert ran.status == 0, ran.err
+    lines = [line for line in ran.out.splitlines() if line.startswith("checkpoint ")]
+    assert [bool(re.search(r"all memory", line)) for line in lines] == [True, False, False]
+    assert "blind spot: " in ran.out
+    listed = json.loads(dirtylog("checkpoints", path, "--json").out)
+    assert listed["schema"] == "dirtylog/checkpoints/1"
+    assert [(one["id"], one["parent"], one["whole"], one["note"]) for one in listed["checkpoints"]] == [
+        *((1, None, True, "mine"), (2, 1, False, "mine"), (3, 2, False, "mine")),
+    ]
+    text = dirtylog("checkpoints", path).out.splitlines()
+    assert [line.split()[0] for line in text] == ["checkpoint", "1", "2", "3"]
+    verified = dirtylog("verify", path)
+    assert (verified.status, verified.out) == (0, "3 checkpoints, all pages are as they were saved\n")
+    found = json.loads(dirtylog("diff", path, "1", "3", "--json").out)
+    assert any(slot["runs"] for slot in found["slots"])
+    assert dirtylog("diff", path, "2", "2").out == "no page differs\n"
+    assert dirtylog("restore", path, "2", "-o", str(tmp_path / "out")).status == 0
+    with Store(path) as store:
+        checkpoint, maps = store.checkpoint(2), store.maps(2)
+        files = {int(file.stem.split("-")[0], 16): file for file in (tmp_path / "out").iterdir()}
+        assert len(files) == len(checkpoint.slots)
+        for slot in checkpoint.slots:
+            out = np.empty((slot.npages, slot.page_size), np.uint8)
+            read_slot(store, maps[slot.key], out)
+            assert np.array_equal(np.fromfile(files[slot.base_gfn * slot.page_size], np.uint8), out.reshape(-1))
+    dry = dirtylog("prune", path, "--keep", "last 1", "--dry-run")
+    assert dry.out == "would keep 1 of 3 checkpoints, and drop 1, 2\n"
+    assert count_in(Path(path)) == 3
+    assert dirtylog("prune", path, "--keep", "last 1").status == 0
+    assert count_in(Path(path)) == 1
+    assert dirtylog("verify", path).status == 0
+
+
+def test_an_interrupted_run_keeps_what_was_saved(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    with start("checkpoint", "-d", str(path), "emu:arm:random", *GUEST, "--every", "50ms", "--keep", "last 4") as process:
+        try:
+            eventually(lambda: count_in(path) >= 3, "three checkpoints")
+            process.send_signal(signal.SIGINT)
+            ended = finish(process)
+        finally:
+            process.kill()
+    assert ended.status == 130
+    assert "Traceback" not in ended.err
+    assert count_in(path) <= 4
+    assert dirtylog("verify", str(path)).status == 0
+
+
+def test_of_a_target_that_vanishes_what_was_saved_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    spinner = subprocess.Popen([sys.executable, "-c", SPIN])
+    with spinner, start("checkpoint", "-d", str(path), f"pid:{spinner.pid}", "--every", "100ms") as process:
+        try:
+            eventually(lambda: count_in(path) >= 2, "two checkpoints")
+            spinner.kill()
+            ended = finish(process)
+        finally:
+            process.kill()
+            spinner.kill()
+    assert ended.status == 5
+    assert "Traceback" not in ended.err
+    assert count_in(path) >= 2
+    assert dirtylog("verify", str(path)).status == 0
+
+
+def test_arrays_are_restored_as_npy_files(tmp_path: Path) -> None:
+    array = library.empty((30, 7), "float32")
+    array[:] = np.random.default_rng(1).random(array.shape)
+    with library.Checkpointer({"weights/of layer 1": array}, tmp_path / "store") as saver:
+        saver.save()
+    ran = dirtylog("restore", str(tmp_path / "store"), "-o", str(tmp_path / "out"))
+    assert ran.status == 0, ran.err
+    (file,) = (tmp_path / "out").iterdir()
+    assert file.suffix == ".npy"
+    assert np.array_equal(np.load(file), array)
+    again = dirtylog("restore", str(tmp_path / "store"), "-o", str(tmp_path / "out"))
+    assert (again.status, "exists" in again.err) == (2, True)
+    assert dirtylog("restore", str(tmp_path / "store"), "-o", str(tmp_path / "out"), "-f").status == 0
+
+
+def test_verify_names_each_planted_corruption(tmp_path: Path) -> None:
+    array = library.empty((600, 4096), "uint8")
+    array[:] = np.random.default_rng(2).integers(0, 256, array.shape)
+    with library.Checkpointer({"state": array}, tmp_path / "store") as saver:
+        saver.save()
+        array[40:50] += 1
+        saver.save()
+        folder = saver.store.folder
+    (segment,) = folder.iterdir()
+    with segment.open("r+b") as file:
+        for page, bit in ((3, 0), (300, 5), (301, 7), (600 + 4, 1)):
+            file.seek(page * 4096 + 17)
+            octet = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([octet ^ 1 << bit]))
+    ran = dirtylog("verify", str(tmp_path / "store"))
+    assert ran.status == 7
+    lines = ran.out.splitlines()
+    assert [line.partition(": ")[0] for line in lines[:-1]] == [
+        "checkpoint 1, state, page 3",
+        "checkpoint 1, state, pages 300 to 301",
+        "checkpoint 2, state, page 44",
+    ]
+    assert lines[-1] == "2 checkpoints, 3 differences"
+    assert dirtylog("restore", str(tmp_path / "store"), "1", "-o", str(tmp_path / "out")).status == 7
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "why"),
+    [
+        (["checkpoint", "emu:arm"], 2, "required: -d"),
+        (["checkpoint", "emu:arm", "-d", "{tmp}/full"], 2, "is no checkpoint store, and it is not empty"),
+        (["checkpoint", "emu:arm", "-d", "{tmp}/a", "--keep", "forever"], 2, "write last, hourly, daily or weekly"),
+        (["checkpoint", "emu:arm", "-d", "{tmp}/a", "--compression", "rar"], 2, "invalid choice"),
+        (["checkpoint", "-d", "{tmp}/a"], 2, "no TARGET"),
+        (["checkpoints", "{tmp}/none"], 2, "is no checkpoint store"),
+        (["verify", "{tmp}/full"], 2, "is no checkpoint store"),
+        (["prune", "{tmp}/none", "--keep", "last 1"], 2, "is no checkpoint store"),
+        (["prune", "{tmp}/full"], 2, "required: --keep"),
+        (["diff", "{tmp}/store", "1", "99"], 2, "has no checkpoint 99"),
+        (["restore", "{tmp}/store", "99", "-o", "{tmp}/out"], 2, "has no checkpoint 99"),
+        (["restore", "{tmp}/store", "-o", "{tmp}/store/out"], 2, "lies in the store itself"),
+    ],
+)
+def test_bad_input_is_told_in_a_sentence(words: list[str], status: int, why: str, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("precious")
+    with library.Checkpointer({"a": library.empty(10)}, tmp_path / "store") as saver:
+        saver.save()
+    ran = dirtylog(*(word.format(tmp=tmp_path) for word in words))
+    assert (ran.status, why in ran.err) == (status, True), ran.err
+    assert "Traceback" not in ran.err
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_a_second_writer_is_refused_by_the_first_ones_number(tmp_path: Path) -> None:
+    with library.Checkpointer({"a": library.empty(10)}, tmp_path / "store") as saver:
+        saver.save()
+        ran = dirtylog("prune", str(tmp_path / "store"), "--keep", "last 1")
+        assert ran.status == 4
+        assert f"is being written by process {os.getpid()}" in ran.err
+        assert dirtylog("verify", str(tmp_path / "store")).status == 0
