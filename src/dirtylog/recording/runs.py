@@ -66,7 +66,7 @@ def unpack(rounds: NDArray[np.int64], packed: Sequence[Packed]) -> Runs:
     heads = _ranges(begins, 2 * slots).reshape(-1, 2)
     numbers_of_slots, counts = numbers[heads[:, 0]], numbers[heads[:, 1]]
     # Of hostile numbers the sum may wrap: each is looked at first.
-    if len(counts) and (counts.max() > runs.max() or not np.array_equal(_sums(counts, slots), runs)):
+    if counts.max(initial=0) > runs.max(initial=0) or not np.array_equal(_sums(counts, slots), runs):
         raise CorruptDataError("the slots of a round have other runs than the round")
     gaps = numbers[_ranges(begins + 2 * slots, runs)]
     npages = numbers[_ranges(begins + 2 * slots + runs, runs)] + 1
