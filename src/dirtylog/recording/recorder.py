@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 _BUSY_SECONDS = 1.0
 _BUSY_SECONDS_AT_END = 30.0
+_ROUNDS_BETWEEN_COUNTS = 16
 
 
 class Recorder:
@@ -86,8 +87,9 @@ class Recorder:
                 machine=platform.machine(),
                 kernel=f"{platform.system()} {platform.release()}",
                 status=None,
+                incomplete=list(memory.incomplete),
             )
-            self._tell_of_memory()
+            self._tell_counts()
             self._commit()
         except BaseException as error:
             self._leave()
@@ -114,7 +116,9 @@ class Recorder:
                 packed.data,
             ).summed()
             self._pending.append((INSERT_ROUND, row))
-            self._tell_of_memory()
+            self._tell(incomplete=list(self._memory.incomplete))
+            if found.number % _ROUNDS_BETWEEN_COUNTS == 0:
+                self._tell_counts()
             self._commit()
 
     def mark(self, text: str) -> None:
@@ -130,8 +134,8 @@ class Recorder:
             if self._file is None:
                 return
             try:
-                self._tell(status=status)
-                self._tell_of_memory()
+                self._tell(status=status, incomplete=list(self._memory.incomplete))
+                self._tell_counts()
                 self._database.execute(f"PRAGMA busy_timeout={int(_BUSY_SECONDS_AT_END * 1e3)}")
                 self._commit(last=True)
             finally:
@@ -162,11 +166,13 @@ class Recorder:
             self._slots[slot] = number
         return number
 
-    def _tell_of_memory(self) -> None:
+    def _tell_counts(self) -> None:
+        """Write down what is counted all the time: not at each round, for to ask costs as much as to pack one."""
         faults = self._memory.faults
-        taken = None if faults is None or self._faults is None else faults - self._faults
+        # Nobody counts those of a process that has ended: then the count before stands.
+        taken = self._told.get("faults") if faults is None or self._faults is None else faults - self._faults
         held = max(self._memory.held, self._told.get("held", 0))
-        self._tell(incomplete=list(self._memory.incomplete), faults=taken, held=held)
+        self._tell(faults=taken, held=held)
 
     def _tell(self, **facts: Any) -> None:  # noqa: ANN401 - whatever JSON has
         for name, value in facts.items():
