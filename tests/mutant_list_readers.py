@@ -115,8 +115,8 @@ READERS = (
     _epoch(
         "epoch-gives-its-own-bitmaps",
         "what is given is a copy",
-        "        return {slot.id: pages.copy() for",
-        "        return {slot.id: pages for",
+        "        return {slot.id: pages.copy() for slot, pages in self._taken.items()}",
+        "        return {slot.id: pages for slot, pages in self._taken.items()}",
         "test_changing_what_an_epoch_gave_changes_nothing_that_a_rollback_gives_back",
     ),
     _epoch(

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -253,6 +253,40 @@ def test_a_recording_is_read_while_it_goes_on_and_a_reader_that_holds_it_loses_n
             add(5)
     with dirtylog.Recording(path) as recording:
         assert recording.runs()["first"].tolist() == recording.rounds["number"].tolist() == [1, 2, 3, 4]
+
+
+def test_a_recorder_that_is_interrupted_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "run.dlog"
+    with dirtylog.track(bytearray(4096 * 8)) as log:
+        (slot,) = log.memory.slots
+        with dirtylog.Recorder(path, log.memory) as recorder:
+            whole = recorder._database
+
+            class Interrupted:
+                """A database in which a Ctrl-C comes before one of the statements."""
+
+                def __init__(self, left: int) -> None:
+                    self.left = left
+
+                def __getattr__(self, name: str) -> object:
+                    return getattr(whole, name)
+
+                def execute(self, statement: str, *values: Any) -> object:
+                    self.left -= 1
+                    if self.left == 0:
+                        raise KeyboardInterrupt
+                    return whole.execute(statement, *values)
+
+            for number in range(1, 9):
+                found = Round(number, 1.0, 0.0, {slot: dirtylog.DirtyBitmap.from_pages(slot.npages, [number % 8])}, float(number))
+                recorder._database = Interrupted(number)  # type: ignore[assignment]  # as much of it as the recorder uses
+                with contextlib.suppress(KeyboardInterrupt):
+                    recorder.add(found)
+                recorder._database = whole
+            recorder.mark("end")
+    with dirtylog.Recording(path) as recording:
+        assert recording.rounds["number"].tolist() == list(range(1, 9))
+        assert recording.runs()["first"].tolist() == [number % 8 for number in range(1, 9)]
 
 
 def test_names_of_any_octets_come_back(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 _BUSY_SECONDS = 1.0
 _BUSY_SECONDS_AT_END = 30.0
 _ROUNDS_BETWEEN_COUNTS = 16
+_MOST_GAPS = 100
 
 
 class Recorder:
@@ -87,8 +88,8 @@ class Recorder:
                 machine=platform.machine(),
                 kernel=f"{platform.system()} {platform.release()}",
                 status=None,
-                incomplete=list(memory.incomplete),
             )
+            self._tell_gaps()
             self._tell_counts()
             self._commit()
         except BaseException as error:
@@ -116,7 +117,7 @@ class Recorder:
                 packed.data,
             ).summed()
             self._pending.append((INSERT_ROUND, row))
-            self._tell(incomplete=list(self._memory.incomplete))
+            self._tell_gaps()
             if found.number % _ROUNDS_BETWEEN_COUNTS == 0:
                 self._tell_counts()
             self._commit()
@@ -134,7 +135,8 @@ class Recorder:
             if self._file is None:
                 return
             try:
-                self._tell(status=status, incomplete=list(self._memory.incomplete))
+                self._tell(status=status)
+                self._tell_gaps()
                 self._tell_counts()
                 self._database.execute(f"PRAGMA busy_timeout={int(_BUSY_SECONDS_AT_END * 1e3)}")
                 self._commit(last=True)
@@ -165,6 +167,11 @@ class Recorder:
             self._pending.append((INSERT_SLOT, place + mapping))
             self._slots[slot] = number
         return number
+
+    def _tell_gaps(self) -> None:
+        """Write down why writes may have been missed: a gap that is over was there all the same."""
+        known = self._told.get("incomplete", [])
+        self._tell(incomplete=[*known, *(gap for gap in self._memory.incomplete if gap not in known)][:_MOST_GAPS])
 
     def _tell_counts(self) -> None:
         """Write down what is counted all the time: not at each round, for to ask costs as much as to pack one."""
