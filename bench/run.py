@@ -25,6 +25,8 @@ from dirtylog.emulated.cpu_unicorn import unicorn_version
 from dirtylog.guests.host import host_memory
 from flushes import flushes
 from gets import gets
+from recording_reads import recording_reads
+from resets import resets
 from stores import first_stores, hits
 from terabyte import allocation, terabyte
 
@@ -40,6 +42,8 @@ BENCHMARKS: dict[str, Callable[..., Section]] = {
     "terabyte": terabyte,
     "allocation": allocation,
     "flushes": flushes,
+    "resets": resets,
+    "recording-reads": recording_reads,
 }
 if sys.platform == "linux":
     from buffer_alternatives import buffer_alternatives
@@ -48,11 +52,14 @@ if sys.platform == "linux":
     from kvm_gets import kvm_gets
     from kvm_ring import kvm_ring
     from kvm_stores import kvm_stores
+    from precopy import precopy
     from process_costs import attach_pauses, process_reads
+    from recording_cost import recording_cost
 
     BENCHMARKS |= {"kvm-gets": kvm_gets, "kvm-ring": kvm_ring, "kvm-stores": kvm_stores}
     BENCHMARKS |= {"buffer-gets": buffer_gets, "buffer-stores": buffer_stores, "buffer-alternatives": buffer_alternatives}
     BENCHMARKS |= {"process-attach": attach_pauses, "process-reads": process_reads}
+    BENCHMARKS |= {"recording-cost": recording_cost, "precopy": precopy}
 
 
 def machine() -> dict[str, str]:

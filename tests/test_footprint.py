@@ -99,6 +99,83 @@ def test_a_curve_stays_within_the_memory() -> None:
     assert curve.rate(0.5) == pytest.approx(1000)
 
 
+# --- between the windows
+
+
+def footprint_of(rounds: list[list[int]], npages: int) -> Footprint:
+    slot, footprint = MemorySlot(0, 0, npages), Footprint()
+    for pages in rounds:
+        footprint.add(0.01, {slot: DirtyBitmap.from_pages(npages, np.array(pages, np.int64))})
+    return footprint
+
+
+def swept(npages: int, a_round: int, count: int) -> list[list[int]]:
+    return [[(first * a_round + page) % npages for page in range(a_round)] for first in range(count)]
+
+
+@pytest.mark.parametrize("npages", [210, 420, 555])
+def test_a_sweep_has_its_knee_where_it_ends_and_not_where_a_window_does(npages: int) -> None:
+    curve = footprint_of(swept(npages, 10, 1000), npages).curve()
+    for rounds in range(1, 600):
+        assert curve.at(rounds * 0.01) == pytest.approx(min(rounds * 10, npages) * PAGE, rel=0.01)
+    # A power law between the windows alone is a tenth off.
+    power = Curve(curve.seconds, curve.nbytes, curve.error, curve.windows, curve.capacity)
+    assert any(power.at(rounds * 0.01) < 0.93 * min(rounds * 10, npages) * PAGE for rounds in range(1, 600))
+
+
+def test_between_the_windows_it_is_the_mean_of_all_windows() -> None:
+    generator = np.random.default_rng(1)
+    rounds = [np.unique(generator.zipf(1.3, 60) % 997).tolist() for _ in range(400)]
+    curve = footprint_of(rounds, 997).curve()
+    for length in (3, 5, 7, 11, 23, 45, 90):
+        found = [len(set().union(*rounds[first : first + length])) for first in range(len(rounds) - length + 1)]
+        assert curve.at(length * 0.01) == pytest.approx(np.mean(found) * PAGE, rel=0.01)
+
+
+def test_pages_of_several_sizes_count_by_their_bytes_between_the_windows() -> None:
+    generator = np.random.default_rng(2)
+    small, large, footprint = MemorySlot(0, 0, 997, 4096), MemorySlot(1, 1 << 20, 300, 16384), Footprint()
+    rounds = [
+        (set((generator.zipf(1.3, 60) % 997).tolist()), {10 * first % 300 + page for page in range(10)}) for first in range(400)
+    ]
+    for written in rounds:
+        footprint.add(
+            0.01,
+            {slot: DirtyBitmap.from_pages(slot.npages, sorted(pages)) for slot, pages in zip((small, large), written, strict=True)},
+        )
+    curve = footprint.curve()
+    for length in (3, 5, 7, 11, 23, 45, 90):
+        found = [
+            sum(
+                size * len(set().union(*(written[number] for written in rounds[first : first + length])))
+                for number, size in enumerate((4096, 16384))
+            )
+            for first in range(len(rounds) - length + 1)
+        ]
+        assert curve.at(length * 0.01) == pytest.approx(np.mean(found), rel=0.01)
+
+
+def test_what_begins_in_one_of_two_phases_lies_between_the_bounds() -> None:
+    quiet, busy = [[0, 1, 2, 3]] * 200, swept(4000, 40, 200)
+    curve = footprint_of([*quiet, *busy, *quiet, *busy], 4000).curve()
+    low, high = curve.bounds()
+    assert low.at(0.32) == pytest.approx(4 * PAGE, rel=0.01)
+    assert high.at(0.32) == pytest.approx(32 * 40 * PAGE, rel=0.01)
+    assert low.at(0.32) < curve.at(0.32) < high.at(0.32)
+    memory, wire = 4000 * PAGE, 4e7
+    seconds = [predict(of, memory, wire, 0.01).seconds for of in (low, curve, high)]
+    assert seconds == sorted(seconds)
+    assert seconds[2] > 1.5 * seconds[0]
+
+
+def test_a_curve_of_means_alone_has_no_other_bounds() -> None:
+    curve = Curve(np.array([1.0, 2.0]), np.array([10.0, 20.0]), np.zeros(2), np.ones(2, np.int64), 100)
+    assert curve.bounds() == (curve, curve)
+
+
+# --- the prediction
+
+
 def straight(rate: float, capacity: float) -> Curve:
     """A sweep: D(t) = rate * t up to the whole memory."""
     times = np.array([2.0**power for power in range(-8, 8)])

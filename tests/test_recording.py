@@ -255,6 +255,10 @@ def test_a_recording_is_read_while_it_goes_on_and_a_reader_that_holds_it_loses_n
         assert recording.runs()["first"].tolist() == recording.rounds["number"].tolist() == [1, 2, 3, 4]
 
 
+class InterruptedHere(BaseException):  # noqa: N818 - as KeyboardInterrupt
+    """Comes like a Ctrl-C, at which pytest would end."""
+
+
 def test_a_recorder_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "run.dlog"
     with dirtylog.track(bytearray(4096 * 8)) as log:
@@ -263,7 +267,7 @@ def test_a_recorder_that_is_interrupted_goes_on(tmp_path: Path) -> None:
             whole = recorder._database
 
             class Interrupted:
-                """A database in which a Ctrl-C comes before one of the statements."""
+                """A database in which an interrupt comes before one of the statements."""
 
                 def __init__(self, left: int) -> None:
                     self.left = left
@@ -274,13 +278,13 @@ def test_a_recorder_that_is_interrupted_goes_on(tmp_path: Path) -> None:
                 def execute(self, statement: str, *values: Any) -> object:
                     self.left -= 1
                     if self.left == 0:
-                        raise KeyboardInterrupt
+                        raise InterruptedHere
                     return whole.execute(statement, *values)
 
             for number in range(1, 9):
                 found = Round(number, 1.0, 0.0, {slot: dirtylog.DirtyBitmap.from_pages(slot.npages, [number % 8])}, float(number))
                 recorder._database = Interrupted(number)  # type: ignore[assignment]  # as much of it as the recorder uses
-                with contextlib.suppress(KeyboardInterrupt):
+                with contextlib.suppress(InterruptedHere):
                     recorder.add(found)
                 recorder._database = whole
             recorder.mark("end")

@@ -131,7 +131,7 @@ class _Measured:
             "curve": _points(curve),
             "migration": {"bandwidth": bandwidth, "downtime_limit": downtime}
             | _plain(prediction)
-            | {"seconds_range": [_finite(predict(curve.shifted(by), self._held, bandwidth, downtime).seconds) for by in (-1, 1)]},
+            | {"seconds_range": [_finite(predict(of, self._held, bandwidth, downtime).seconds) for of in curve.bounds()]},
             "cost": {"get_seconds": self._get_seconds, "get_share": self._get_seconds / self._seconds, "faults": self._faults},
         }
 
@@ -183,7 +183,8 @@ def _told(migration: dict[str, Any]) -> str:
     if not migration["converges"]:
         return f"does not converge; the smallest downtime that would is {smallest}"
     low, high = migration["seconds_range"]
-    spread = "" if low is None or high is None else f" ({format_seconds(low)} to {format_seconds(high)})"
+    bounds = "never" if high is None else format_seconds(high)
+    spread = "" if low is None else f" (between {format_seconds(low)} and {bounds} by when it begins)"
     return (
         f"{migration['rounds']} round{'s' * (migration['rounds'] > 1)}, {format_size(migration['nbytes'])} sent in "
         f"{format_seconds(migration['seconds'])}{spread}, {format_seconds(migration['downtime'])} of downtime; "

@@ -4,11 +4,14 @@ One log in rounds gives D at 1, 2, 4, 8, ... rounds at once. Round ``r`` finds a
 a window of ``2**k`` rounds that begins at a multiple of that, the page is new in round ``r`` if ``p`` lies before the window: if
 ``p >> k != r >> k``, which is to say that ``p ^ r`` has more than ``k`` bits. So one number for a page in a round, the bits of
 ``p ^ r``, says for every such window whether the page counts: no window keeps a set of pages of its own.
+
+How D runs between these windows is known from the gaps ``r - p``. Of all windows of ``w`` rounds, ``r - p - w`` lie in a gap and
+lack the page. Others lie before its first round or after its last: it is taken that these are as many as those.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +27,11 @@ if TYPE_CHECKING:
 # Rounds are numbered from here, so that a page never seen before, whose last round is 0, differs from every round in this bit.
 _FIRST_ROUND = 1 << 31
 _NEW = 32
+_GAP_SHIFT = 19
+_GAP_BASE = 127 << 4
+_GAP_CLASSES = 32 << 4
+"""A gap's class is the exponent of its float32 and four bits of the fraction: sixteen to an octave. Short gaps have one each."""
+_TENTHS = (0.1, 0.9)
 _CHUNK_BITS = 12
 """Last rounds are kept for 4096 pages at once, where one of them was ever dirty."""
 
@@ -34,6 +42,8 @@ class Curve:
 
     ``seconds`` is float64[k], ``nbytes`` float64[k] the mean of D over ``windows``, int64[k], that do not overlap, and ``error``
     float64[k] the standard error of that mean, NaN of a single window. ``capacity`` is the size of the memory in bytes.
+    ``tenths``, float64[2, k], are what a tenth of the windows does not reach, and what a tenth exceeds. ``shape``, float64[2, m],
+    has more times, and how D grows from one to the next. Either is None where only the means are known.
     """
 
     seconds: NDArray[np.float64]
@@ -41,15 +51,21 @@ class Curve:
     error: NDArray[np.float64]
     windows: NDArray[np.int64]
     capacity: int
+    tenths: NDArray[np.float64] | None = None
+    shape: NDArray[np.float64] | None = None
 
     def at(self, seconds: float) -> float:
-        """Return D(t) in bytes: a power law between the times measured, and beyond them that of the two nearest."""
+        """Return D(t) in bytes: between the times measured by ``shape``, or a power law; beyond them by that of the two nearest."""
         if not len(self.seconds) or seconds <= 0:
             return 0.0
         if len(self.seconds) == 1:
             return min(float(self.nbytes[0] * seconds / self.seconds[0]), float(self.capacity))
         after = int(np.clip(np.searchsorted(self.seconds, seconds), 1, len(self.seconds) - 1))
         (time0, time1), (low, high) = self.seconds[after - 1 : after + 1], self.nbytes[after - 1 : after + 1]
+        if self.shape is not None and time0 < seconds < time1:
+            before, here, behind = np.interp((time0, seconds, time1), *self.shape)
+            if before < behind:
+                return min(float(low + (high - low) * (here - before) / (behind - before)), float(self.capacity))
         if low <= 0:
             # No power law begins at nothing: in proportion to the time.
             value = high * max(0.0, seconds - time0) / (time1 - time0)
@@ -63,10 +79,20 @@ class Curve:
         """Return the dirty rate as a window of this length measures it, in bytes a second: D(t) / t."""
         return self.at(seconds) / seconds
 
+    def bounds(self) -> tuple[Curve, Curve]:
+        """Return the curves of the quieter windows and of the busier: of ten, one each is quieter still and busier still.
+
+        The mean says what comes on average. What begins at some time may find the memory written as in either of these.
+        """
+        if self.tenths is None:
+            return self, self
+        low, high = (replace(self, nbytes=np.maximum.accumulate(nbytes)) for nbytes in self.tenths)
+        return low, high
+
     def shifted(self, errors: float) -> Curve:
         """Return the curve so many standard errors higher."""
         moved = np.maximum(self.nbytes + errors * np.nan_to_num(self.error), 0)
-        return Curve(self.seconds, np.maximum.accumulate(moved), self.error, self.windows, self.capacity)
+        return replace(self, nbytes=np.maximum.accumulate(moved))
 
 
 class Footprint:
@@ -80,6 +106,8 @@ class Footprint:
         self._last = np.empty(0, np.uint32)
         self._seconds: list[float] = []
         self._bytes: list[NDArray[np.int64]] = []
+        # By class of gap, with those before the first rounds: bytes, and bytes times gap.
+        self._gaps = np.zeros((2, _GAP_CLASSES))
         self.nbytes = 0
         """Distinct bytes written since the first round: the working set."""
 
@@ -112,12 +140,19 @@ class Footprint:
         """Add a round by its pages, int64[k], numbered from :meth:`base_of`, all of one size in bytes or each of its own."""
         number = np.uint32(_FIRST_ROUND + len(self._seconds))
         places = self._places(pages)
-        bits = np.frexp(number ^ self._last[places])[1]
+        last = self._last[places]
         self._last[places] = number
+        bits = np.frexp(number ^ last)[1]
+        gaps = (number - np.maximum(last, _FIRST_ROUND - 1)).astype(np.float32)
+        classes = _class_of(gaps)
         if isinstance(page_size, int):
             nbytes = np.bincount(bits, minlength=_NEW + 1) * page_size
+            self._gaps[0] += np.bincount(classes, minlength=_GAP_CLASSES) * page_size
+            self._gaps[1] += np.bincount(classes, gaps, minlength=_GAP_CLASSES) * page_size
         else:
             nbytes = np.bincount(bits, page_size, minlength=_NEW + 1).astype(np.int64)
+            self._gaps[0] += np.bincount(classes, page_size, minlength=_GAP_CLASSES)
+            self._gaps[1] += np.bincount(classes, gaps * page_size, minlength=_GAP_CLASSES)
         self._bytes.append(nbytes)
         self._seconds.append(seconds)
         self.nbytes += int(nbytes[_NEW])
@@ -143,17 +178,36 @@ class Footprint:
         seconds = np.array(self._seconds)
         # [r, k]: what round r has that is new in its window of 2**k rounds; the last column: what was never there before.
         new = np.cumsum(np.array(self._bytes, np.int64).reshape(count, _NEW + 1)[:, ::-1], axis=1)[:, -2::-1]
-        points: list[tuple[float, float, float, int]] = []
+        points: list[tuple[float, ...]] = []
         for scale in range(count.bit_length()):
             windows, length = count >> scale, 1 << scale
             found = new[: windows * length, scale].reshape(windows, length).sum(axis=1)
             error = float(found.std(ddof=1)) / windows**0.5 if windows > 1 else np.nan
-            points.append((float(seconds[: windows * length].sum()) / windows, float(found.mean()), error, windows))
+            mean_length = float(seconds[: windows * length].sum()) / windows
+            points.append((mean_length, float(found.mean()), error, windows, *np.quantile(found, _TENTHS).tolist()))
         if count & (count - 1):
-            points.append((float(seconds.sum()), float(self.nbytes), np.nan, 1))
-        times, means, errors, windows_of = (
-            (np.array(column) for column in zip(*points, strict=True)) if points else [np.empty(0)] * 4
-        )
+            points.append((float(seconds.sum()), float(self.nbytes), np.nan, 1, float(self.nbytes), float(self.nbytes)))
+        times, means, errors, windows_of, *tenths = np.array(points).reshape(-1, 4 + len(_TENTHS)).T
         size = sum(slot.nbytes for slot in self._base) if capacity is None else capacity
         # Windows of different lengths are not the same writes: a longer one may hold less by chance.
-        return Curve(times, np.maximum.accumulate(means), errors, windows_of.astype(np.int64), size)
+        means = np.maximum.accumulate(means)
+        return Curve(times, means, errors, windows_of.astype(np.int64), size, np.array(tenths), self._shape())
+
+    def _shape(self) -> NDArray[np.float64]:
+        """Return the mean of D over all windows, at as many lengths as there are classes of gaps, up to all rounds."""
+        count = len(self._seconds)
+        firsts = np.arange(1, count + 1, dtype=np.float32)
+        new = np.array([nbytes[_NEW] for nbytes in self._bytes], np.float64)
+        nbytes = self._gaps[0] + np.bincount(_class_of(firsts), new, minlength=_GAP_CLASSES)
+        sums = self._gaps[1] + np.bincount(_class_of(firsts), new * firsts, minlength=_GAP_CLASSES)
+        # A class begins at the gap whose float32 its number is.
+        length = ((np.arange(_GAP_CLASSES, dtype=np.int32) + _GAP_BASE) << _GAP_SHIFT).view(np.float32).astype(np.float64)
+        lacking = np.cumsum(sums[::-1])[::-1] - length * np.cumsum(nbytes[::-1])[::-1]
+        inside = length <= count
+        mean = self.nbytes - lacking[inside] / (count + 1 - length[inside])
+        return np.stack((length[inside] * sum(self._seconds) / max(1, count), np.maximum.accumulate(mean)))
+
+
+def _class_of(gaps: NDArray[np.float32]) -> NDArray[np.int32]:
+    """Return the class of each gap."""
+    return (gaps.view(np.int32) >> _GAP_SHIFT) - _GAP_BASE
