@@ -55,11 +55,12 @@ if sys.platform == "linux":
     from precopy import precopy
     from process_costs import attach_pauses, process_reads
     from recording_cost import recording_cost
+    from report_page import report_page
 
     BENCHMARKS |= {"kvm-gets": kvm_gets, "kvm-ring": kvm_ring, "kvm-stores": kvm_stores}
     BENCHMARKS |= {"buffer-gets": buffer_gets, "buffer-stores": buffer_stores, "buffer-alternatives": buffer_alternatives}
     BENCHMARKS |= {"process-attach": attach_pauses, "process-reads": process_reads}
-    BENCHMARKS |= {"recording-cost": recording_cost, "precopy": precopy}
+    BENCHMARKS |= {"recording-cost": recording_cost, "precopy": precopy, "report-page": report_page}
 
 
 def machine() -> dict[str, str]:

@@ -255,7 +255,7 @@ def test_a_recording_is_read_while_it_goes_on_and_a_reader_that_holds_it_loses_n
         assert recording.runs()["first"].tolist() == recording.rounds["number"].tolist() == [1, 2, 3, 4]
 
 
-class InterruptedHere(BaseException):  # noqa: N818 - as KeyboardInterrupt
+class InterruptedHere(BaseException):
     """Comes like a Ctrl-C, at which pytest would end."""
 
 
