@@ -49,6 +49,9 @@ if sys.platform == "linux":
     from buffer_alternatives import buffer_alternatives
     from buffer_gets import buffer_gets
     from buffer_stores import buffer_stores
+    from checkpoint_restores import checkpoint_restores
+    from checkpoint_rivals import checkpoint_rivals
+    from checkpoint_saves import checkpoint_saves
     from kvm_gets import kvm_gets
     from kvm_ring import kvm_ring
     from kvm_stores import kvm_stores
@@ -61,6 +64,8 @@ if sys.platform == "linux":
     BENCHMARKS |= {"buffer-gets": buffer_gets, "buffer-stores": buffer_stores, "buffer-alternatives": buffer_alternatives}
     BENCHMARKS |= {"process-attach": attach_pauses, "process-reads": process_reads}
     BENCHMARKS |= {"recording-cost": recording_cost, "precopy": precopy, "report-page": report_page}
+    BENCHMARKS |= {"checkpoint-saves": checkpoint_saves, "checkpoint-rivals": checkpoint_rivals}
+    BENCHMARKS |= {"checkpoint-restores": checkpoint_restores}
 
 
 def machine() -> dict[str, str]:

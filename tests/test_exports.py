@@ -69,6 +69,7 @@ def test_the_public_names() -> None:
     assert dirtylog.__all__ == [
         "AccessDeniedError",
         "BadSlotError",
+        "Baseline",
         "Checkpointer",
         "Consumer",
         "CopyFaultError",

@@ -20,6 +20,7 @@ from dirtylog.errors import (
     TargetGoneError,
     UnsupportedError,
 )
+from dirtylog.guests.baseline import Baseline
 from dirtylog.guests.image import Image
 from dirtylog.memory import Memory
 from dirtylog.memslot import MemorySlot, SlotFlags, SlotTable
@@ -32,6 +33,7 @@ from dirtylog.target import open_target as open  # noqa: A004 - dirtylog.open, a
 __all__ = [
     "AccessDeniedError",
     "BadSlotError",
+    "Baseline",
     "Checkpointer",
     "Consumer",
     "CopyFaultError",

@@ -172,6 +172,15 @@ class DirtyLog:
                 consumer.pending.begin(self._logged())
             return self._consumers[name]
 
+    def mark_for_others(self, slot: MemorySlot, pages: DirtyBitmap, consumer: Consumer) -> None:
+        """Make pages of a slot dirty for ``get`` and for every consumer but this one, which has written them itself."""
+        with self._lock:
+            unread = self._unread[slot]
+            unread |= pages
+            for other in self._consumers.values():
+                if other is not consumer:
+                    other.pending.add(slot, pages)
+
     def _forget(self, consumer: Consumer) -> None:
         with self._lock:
             if self._consumers.get(consumer.name) is consumer:

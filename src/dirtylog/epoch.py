@@ -172,7 +172,7 @@ class Epoch:
         self.consumer.end(self, commit=kind is None)
 
     def more(self) -> dict[int, DirtyBitmap]:
-        """Take what was written since the epoch began, or since the last call, and return just that; one rollback gives all back."""
+        """Take what was written since the epoch began, or since the last call, and return just that. A rollback gives all back."""
         return self.consumer.more(self)
 
     def commit(self) -> None:

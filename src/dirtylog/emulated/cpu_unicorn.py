@@ -11,6 +11,9 @@ Facts about Unicorn 2.1 that this file relies on:
 * When it ends it after a memory access, that access is done, but the pc still points to its instruction, which is executed
   again when the guest goes on. For a load or a store that changes nothing but a second report of its page; *an instruction
   that reads and writes memory in one, such as x86's inc, then counts twice*. Nothing in the interface tells the ends apart.
+* Code that it has translated is translated again when the guest writes it through an entry that permits to execute: a store through
+  such an entry looks for code, which takes seven times as long. What this process writes to the memory it does not see.
+* Its own copy of a CPU's state (``context_save``) holds all of it, and pointers of this process: it is good for this CPU only.
 * An exception that leaves a TLB-fill hook ends as UC_ERR_EXCEPTION and is lost, so the hook catches everything itself.
 """
 
@@ -19,16 +22,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dirtylog.emulated.cpu_registers import UnicornRegisters
 from dirtylog.emulated.port import PAGE_SHIFT, PAGE_SIZE
-from dirtylog.errors import GuestFaultError, UnsupportedError
+from dirtylog.errors import DirtyLogError, GuestFaultError, UnsupportedError
 from dirtylog.guests.cpu import CpuExit
+from dirtylog.guests.state import check_names, number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from dirtylog.emulated.isa import Isa
     from dirtylog.emulated.port import Translate
 
+_PC = "pc"
 _UNICORN_REMEDY = "install it: pip install 'dirtylog[emu]'"
 
 
@@ -63,7 +72,7 @@ class UnicornCpu:
         self._isa = isa
         self._translate = translate
         self._uc_error: type[Exception] = unicorn.UcError
-        self._write_access = unicorn.UC_MEM_WRITE
+        self._write_access, self._fetch_access = unicorn.UC_MEM_WRITE, unicorn.UC_MEM_FETCH
         self._flush = (unicorn.UC_CTL_TLB_FLUSH, unicorn.UC_CTL_IO_WRITE)
         constants = importlib.import_module(f"unicorn.{isa.constants}_const")
         self._pc_register = getattr(constants, f"UC_{isa.arch}_REG_{isa.pc}")
@@ -88,8 +97,11 @@ class UnicornCpu:
         for name, value in zip(isa.registers, registers, strict=False):
             uc.reg_write(getattr(constants, f"UC_{isa.arch}_REG_{name}"), value)
         self._uc = uc
-        self._readable = unicorn.UC_PROT_READ | unicorn.UC_PROT_EXEC
-        self._all = unicorn.UC_PROT_ALL
+        self._registers = UnicornRegisters(uc, isa, self._flush)
+        self._readable, self._writable = unicorn.UC_PROT_READ, unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE
+        self._executable, self._all = unicorn.UC_PROT_READ | unicorn.UC_PROT_EXEC, unicorn.UC_PROT_ALL
+        # The frames that code was fetched from.
+        self._code: set[int] = set()
         self._pc = entry
         # An address that no guest reaches, for an image that never halts.
         self._halt = isa.max_address - 4 if halt is None else halt
@@ -137,18 +149,64 @@ class UnicornCpu:
         """Drop every cached translation."""
         self._uc.ctl(*self._flush)
 
-    def _fill(self, uc: object, address: int, access: int, entry: Any, data: object) -> bool:  # noqa: ANN401, ARG002 - Unicorn's signature
+    # --- state
+
+    @property
+    def kind(self) -> str:
+        """Whose registers these are."""
+        return f"Unicorn {self._isa.name}"
+
+    def registers(self) -> dict[str, str]:
+        """Return every register that Unicorn names, and the program counter."""
+        return {_PC: f"{self._pc:x}", **self._registers.read()}
+
+    def load_registers(self, registers: Mapping[str, str]) -> None:
+        """Set every register. The code is translated anew, for a load comes with other contents of memory."""
+        check_names(self.kind, registers, {_PC: None, **self._registers.names})
+        pc = number(self.kind, _PC, registers[_PC], 8 * self._isa.word_bytes)
         try:
-            found = self._translate(self._vcpu, address >> PAGE_SHIFT, access == self._write_access)
+            self._registers.write(self.kind, {name: text for name, text in registers.items() if name != _PC})
+        except self._uc_error as error:
+            raise DirtyLogError(f"vCPU {self._vcpu} refuses the state", reason=f"Unicorn says: {error}") from error
+        self._pc = pc
+        self._uc.ctl_flush_tb()
+
+    def snapshot(self) -> object:
+        """Return Unicorn's own copy of the state, and the program counter."""
+        return self._uc.context_save(), self._pc
+
+    def put_back(self, snapshot: Any) -> None:  # noqa: ANN401 - what snapshot returned
+        """Set the state to that of a snapshot of this CPU."""
+        context, self._pc = snapshot
+        self._uc.context_restore(context)
+
+    def forget_code(self, gfns: NDArray[np.int64]) -> None:
+        """Drop all translated code, if any was fetched from one of these frames."""
+        if not self._code.isdisjoint(gfns.tolist()):
+            self._uc.ctl_flush_tb()
+
+    def _fill(self, uc: object, address: int, access: int, entry: Any, data: object) -> bool:  # noqa: ANN401, ARG002 - Unicorn's signature
+        frame, write = address >> PAGE_SHIFT, access == self._write_access
+        try:
+            found = self._translate(self._vcpu, frame, write)
         except BaseException as error:  # noqa: BLE001 - raised again when emu_start has returned
             self._raised = error
             return False
         if found is None:
+            if self._registers.moving:
+                entry.paddr, entry.perms = self._registers.moves_address, self._executable
+                return True
             if self._refused is None:  # after a refusal Unicorn asks for its end address too
                 self._refused = address
             return False
         entry.paddr, writable = found
-        entry.perms = self._all if writable else self._readable
+        if frame not in self._code:
+            if write or access != self._fetch_access:
+                # Without the permission to execute: the first fetch asks, and till then a store has no code to look for.
+                entry.perms = self._writable if writable else self._readable
+                return True
+            self._code.add(frame)
+        entry.perms = self._all if writable else self._executable
         return True
 
     def _fault(self, error: Exception) -> GuestFaultError:

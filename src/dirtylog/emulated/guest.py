@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dirtylog.emulated.arch import PORTS
-from dirtylog.emulated.cpu_trace import TraceCpu, trace_of
+from dirtylog.emulated.cpu_trace import TraceCpu
 from dirtylog.emulated.cpu_unicorn import UnicornCpu
 from dirtylog.emulated.isa import ISAS
 from dirtylog.emulated.machine import EmulatedMemory
@@ -79,7 +79,7 @@ def make_guest(
 
 
 def _trace_cpu(memory: EmulatedMemory, arch: str, loops: Sequence[Pattern], index: int) -> Cpu:
-    return TraceCpu(index, arch, trace_of(loops[index]), memory.port.translate, memory.host_memory)
+    return TraceCpu(index, arch, loops[index], memory.port.translate, memory.host_memory)
 
 
 def _loop_cpu(memory: EmulatedMemory, isa: Isa, rom: int, loops: Sequence[Pattern], index: int) -> Cpu:

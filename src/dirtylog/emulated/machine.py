@@ -48,6 +48,11 @@ class EmulatedMemory(Machine["SoftwareProtectPort | SoftwareSyncPort"]):
         """The port's counters."""
         return self.port.stats
 
+    @property
+    def faults(self) -> int:
+        """Misses that had to change a table: those to which a page was mapped, or given back its write permission."""
+        return self.port.stats.faults
+
     # --- slots
 
     def add_slot(self, slot_id: int, base_gfn: int, npages: int, flags: SlotFlags = SlotFlags.NONE) -> MemorySlot:

@@ -229,6 +229,14 @@ class RadixTables:
         """Return the word indices of the present leaves, and of the blocks, that map ``gfns``. A block may repeat."""
         form, words = self.format, self.memory.words
         blocks = np.empty(0, np.int64)
+        if not len(gfns):
+            return blocks, blocks
+        # Frames of one leaf table that has been walked to, which is what a guest of some MiB mostly writes between two gets.
+        first, last = int(gfns.min()) >> self._leaf_bits, int(gfns.max()) >> self._leaf_bits
+        cached = self._leaf_table.get(first) if first == last else None
+        if cached is not None:
+            index = cached // _ENTRY + (gfns & self._leaf_mask)
+            return index[words[index] & np.uint64(form.present) != 0], blocks
         table = np.full(1, self._root // _ENTRY, np.int64)
         for shift, mask in self._upper:
             index = table + (gfns >> shift & mask)

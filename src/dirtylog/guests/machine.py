@@ -10,16 +10,18 @@ import numpy as np
 
 from dirtylog.bitmap import checked_pages
 from dirtylog.errors import InvalidArgumentError
+from dirtylog.guests.state import SavedVcpu
 from dirtylog.guests.vcpu import Vcpu
 from dirtylog.port import Port
 from dirtylog.words import words_of_pages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from numpy.typing import ArrayLike, NDArray
 
+    from dirtylog.guests.baseline import Baseline
     from dirtylog.guests.cpu import Cpu
     from dirtylog.guests.image import Segment
     from dirtylog.memslot import MemorySlot, SlotTable
@@ -57,6 +59,11 @@ class Machine(ABC, Generic[P_co]):
         """Return the live memory of a slot, uint8[npages, page_size]. What is written to it goes past the log: for reading."""
 
     @property
+    @abstractmethod
+    def faults(self) -> int | None:
+        """Page faults that the guest has taken, as far as is known; None where nobody counts."""
+
+    @property
     def exactness(self) -> Exactness:
         """How what is reported relates to what was written."""
         return self.port.exactness
@@ -70,6 +77,11 @@ class Machine(ABC, Generic[P_co]):
     def incomplete(self) -> tuple[str, ...]:
         """Why writes may have been missed: nothing is known."""
         return ()
+
+    @property
+    def held(self) -> int:
+        """Bytes that hold something: all of the guest's memory."""
+        return sum(slot.nbytes for slot in self.slots)
 
     def update_slots(self) -> list[MemorySlot]:
         """Return no new slots: those of a guest come with ``add_slot``."""
@@ -134,6 +146,11 @@ class Machine(ABC, Generic[P_co]):
         self.vcpus.append(vcpu)
         return vcpu
 
+    @property
+    def paused(self) -> bool:
+        """Whether no vCPU may run."""
+        return not self._running
+
     def pause(self) -> None:
         """Return when no vCPU is in the guest."""
         self._running = False
@@ -170,6 +187,50 @@ class Machine(ABC, Generic[P_co]):
         self.pause()
         for vcpu in self.vcpus:
             vcpu.reset()
+
+    # --- state
+
+    def vcpu_states(self) -> list[bytes]:
+        """Return the state of each vCPU, for :meth:`load_vcpu_states` of a machine of the same kind, here or in another process.
+
+        Registers, and whether it has halted or faulted; what memory holds is not in it. The machine must be paused.
+        """
+        self.check_paused()
+        return [vcpu.save().to_bytes() for vcpu in self.vcpus]
+
+    def load_vcpu_states(self, states: Sequence[bytes]) -> None:
+        """Set every vCPU to a state from :meth:`vcpu_states`, after the contents of memory that go with them. All or none are set.
+
+        The machine must be paused. :class:`CorruptDataError` for bytes that do not verify, :class:`InvalidArgumentError` for the
+        states of another kind of machine, or of another number of vCPUs.
+        """
+        self.check_paused()
+        vcpus = self.vcpus
+        if len(states) != len(vcpus):
+            raise InvalidArgumentError(f"{len(states)} states for {len(vcpus)} vCPUs")
+        saved = [SavedVcpu.from_bytes(state) for state in states]
+        before = [vcpu.snapshot() for vcpu in vcpus]
+        try:
+            for vcpu, state in zip(vcpus, saved, strict=True):
+                vcpu.load(state)
+        except BaseException:
+            for vcpu, snapshot in zip(vcpus, before, strict=True):
+                vcpu.put_back(snapshot)
+            raise
+
+    def reset_to(self, baseline: Baseline) -> int:
+        """Put back what was written since the baseline was taken, and every vCPU's registers; return how many pages that were.
+
+        The machine must be paused, and logged by the baseline's log. :meth:`Baseline.reset` says what else holds.
+        """
+        if baseline.memory is not self:
+            raise InvalidArgumentError("a baseline of another memory")
+        return baseline.reset()
+
+    def check_paused(self) -> None:
+        """Raise :class:`InvalidArgumentError` if the vCPUs may run."""
+        if self._running:
+            raise InvalidArgumentError("the machine is running", remedy="pause it first")
 
     def close(self) -> None:
         """End the vCPU threads. A second call does nothing."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 import enum
 import threading
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from dirtylog.errors import CoverageLostError, DirtyLogError
+from dirtylog.errors import CoverageLostError, DirtyLogError, InvalidArgumentError, UnsupportedError
 from dirtylog.guests.cpu import CpuExit
+from dirtylog.guests.state import SavedVcpu, StatefulCpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from dirtylog.guests.cpu import Cpu, Service
 
@@ -46,6 +50,15 @@ def leave_guest(vcpus: Iterable[FlushTarget]) -> None:
     for vcpu, ticket in tickets:
         if ticket is not None:
             vcpu.wait_flushed(ticket)
+
+
+class VcpuSnapshot(NamedTuple):
+    """The state of a vCPU, for the same vCPU."""
+
+    cpu: StatefulCpu
+    registers: object
+    state: VcpuState
+    error: BaseException | None
 
 
 class Vcpu:
@@ -126,6 +139,62 @@ class Vcpu:
                 raise DirtyLogError(f"vCPU {self.index} is closed")
             self._cpu = self._make_cpu()
             self.state, self.error = VcpuState.READY, None
+
+    # --- state; it must be paused
+
+    def save(self) -> SavedVcpu:
+        """Return its registers, and whether it has halted or faulted."""
+        with self._changed:
+            self._check_standing()
+            cpu = self._stateful()
+            return SavedVcpu(cpu.kind, self.state.value, self.error, cpu.registers())
+
+    def load(self, saved: SavedVcpu) -> None:
+        """Set its registers, and have it halted or faulted where it was so."""
+        with self._changed:
+            self._check_standing()
+            cpu = self._stateful()
+            if saved.cpu != cpu.kind:
+                raise InvalidArgumentError(f"the state of a {saved.cpu} vCPU, and vCPU {self.index} is a {cpu.kind} vCPU")
+            cpu.load_registers(saved.registers)
+            self._become(VcpuState(saved.state), saved.fault)
+
+    def snapshot(self) -> VcpuSnapshot:
+        """Return what :meth:`put_back` takes: it is good for this vCPU, and as fast as can be."""
+        with self._changed:
+            self._check_standing()
+            cpu = self._stateful()
+            return VcpuSnapshot(cpu, cpu.snapshot(), self.state, self.error)
+
+    def put_back(self, snapshot: VcpuSnapshot, changed: Iterable[NDArray[np.int64]] = ()) -> None:
+        """Set registers and state to those of a snapshot. ``changed`` are guest frames whose contents were put back."""
+        with self._changed:
+            self._check_standing()
+            # A reset may have made another CPU since, and no flush has come to this one: so it flushes before it is in use again.
+            if self._cpu is not snapshot.cpu:
+                snapshot.cpu.flush_tlb()
+                self._cpu = snapshot.cpu
+            for gfns in changed:
+                snapshot.cpu.forget_code(gfns)
+            snapshot.cpu.put_back(snapshot.registers)
+            self._become(snapshot.state, snapshot.error)
+
+    def _become(self, state: VcpuState, error: BaseException | None) -> None:
+        self.state, self.error = state, error
+        # One that is ready waits to be resumed. Others are waited for.
+        if state is not VcpuState.READY:
+            self._changed.notify_all()
+
+    def _check_standing(self) -> None:
+        if self.in_guest or self.serving or self._may_run:
+            raise InvalidArgumentError(f"vCPU {self.index} is running", remedy="pause the machine first")
+        if self.state is VcpuState.CLOSED:
+            raise DirtyLogError(f"vCPU {self.index} is closed")
+
+    def _stateful(self) -> StatefulCpu:
+        if not isinstance(self._cpu, StatefulCpu):
+            raise UnsupportedError(f"the registers of vCPU {self.index} cannot be saved: {type(self._cpu).__name__} cannot do it")
+        return self._cpu
 
     def close(self) -> None:
         """End the thread. A second call does nothing."""

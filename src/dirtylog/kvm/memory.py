@@ -17,6 +17,7 @@ from dirtylog.kvm.cpu import KvmCpu
 from dirtylog.kvm.ports import KvmBitmapPort, KvmManualPort
 from dirtylog.kvm.ram import GuestRam
 from dirtylog.kvm.ring_port import KvmRingPort
+from dirtylog.kvm.statistics import faults_taken
 from dirtylog.kvm.system import DEVICE, KvmSystem
 from dirtylog.log import start_logging, stop_logging
 from dirtylog.memslot import MemorySlot, SlotFlags, SlotTable
@@ -101,6 +102,11 @@ class KvmMemory(Machine["KvmBitmapPort | KvmManualPort | KvmRingPort"]):
             ring = self._port.stats
             return KvmRingStats(exits, ring.full_exits, ring.harvested, ring.resets, ring.overflows)
         return KvmStats(exits)
+
+    @property
+    def faults(self) -> int | None:
+        """Page faults of the vCPUs, as the kernel counts them; None if it does not: before Linux 5.19, or it interprets."""
+        return faults_taken([cpu.statistics for cpu in self.cpus])
 
     # --- slots
 
@@ -209,8 +215,11 @@ class KvmMemory(Machine["KvmBitmapPort | KvmManualPort | KvmRingPort"]):
         vcpu = self.vm.create_vcpu(index)
         try:
             self.architecture.start(self.system, vcpu, rom, entry, registers)
-            cpu = KvmCpu(vcpu, self.architecture, self.bus, self._port.ring_full)
+            cpu = KvmCpu(self.system, vcpu, self.architecture, self.bus, self._port.ring_full)
             cpu.initial = self.architecture.save(self.system, vcpu)
+            if self.vm.check_extension(Cap.BINARY_STATS_FD):
+                # Now, for it must not be running.
+                cpu.statistics = vcpu.open_statistics()
             if isinstance(self._port, KvmRingPort):
                 self._port.add_ring(vcpu)
         except BaseException:

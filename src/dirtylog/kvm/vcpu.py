@@ -25,6 +25,7 @@ from dirtylog.kvm import abi
 from dirtylog.kvm.abi import RunHeader
 from dirtylog.kvm.descriptor import KvmDescriptor
 from dirtylog.kvm.exits import Exit, Interrupted, IoAccess, MmioAccess, answer_exit, decode_exit
+from dirtylog.kvm.statistics import KvmStatistics
 from dirtylog.linux.layout import Struct, offset_of
 
 KICK_SIGNAL = signal.SIGRTMIN + 4
@@ -55,6 +56,7 @@ class KvmVcpu(KvmDescriptor):
             super().close()
             raise
         self._rings: list[mmap.mmap] = []
+        self._statistics: list[KvmStatistics] = []
         # Reentrant, for a handler of a signal may kick the vCPU that its own thread runs.
         self._lock = threading.RLock()
         self._runner: _Runner | None = None
@@ -151,10 +153,18 @@ class KvmVcpu(KvmDescriptor):
         self._rings.append(ring)
         return ring
 
+    def open_statistics(self) -> KvmStatistics:
+        """Return what KVM counts of this vCPU; it is closed with it. The call waits while it runs, reading them later does not."""
+        fd = self.ioctl(abi.KVM_GET_STATS_FD, 0, f"cannot have the statistics of vCPU {self.index}")
+        self._statistics.append(KvmStatistics(fd))
+        return self._statistics[-1]
+
     def close(self) -> None:
         """Unmap the run page and close the descriptor. It must not be running."""
         with self._lock:
             self._run.close()
+            for statistics in self._statistics:
+                statistics.close()
             # Not closed here: a view may be alive. The last of them unmaps it.
             self._rings.clear()
             super().close()

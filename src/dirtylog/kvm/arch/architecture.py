@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dirtylog.kvm.system import KvmSystem
     from dirtylog.kvm.vcpu import KvmVcpu
 
@@ -16,6 +18,13 @@ class Rom(NamedTuple):
     data: bytes
     program: int
     """Guest-physical address of the program."""
+
+
+class ReadyState(Protocol):
+    """A state of one vCPU that can be restored fast."""
+
+    def restore(self) -> None:
+        """Set it. The vCPU must not be running, and no access may be left to be completed."""
 
 
 class Architecture(Protocol):
@@ -45,6 +54,15 @@ class Architecture(Protocol):
 
     def restore(self, vcpu: KvmVcpu, state: object) -> None:
         """Set the whole state of a vCPU that does not run to one that was saved."""
+
+    def registers_of(self, state: object) -> dict[str, str]:
+        """Return a saved state as registers by name, in hexadecimal: what a checkpoint keeps."""
+
+    def state_of(self, kind: str, registers: Mapping[str, str]) -> object:
+        """Return the state of these registers, or raise :class:`InvalidArgumentError` where such a vCPU has others."""
+
+    def make_ready(self, vcpu: KvmVcpu, state: object) -> ReadyState:
+        """Return a saved state of this vCPU made ready to be restored often."""
 
     def pc(self, vcpu: KvmVcpu) -> int:
         """Return the address of the next instruction of a vCPU that does not run."""

@@ -25,9 +25,12 @@ import numpy as np
 from dirtylog.errors import InvalidArgumentError
 from dirtylog.kvm.arch import x86_64_registers as x86
 from dirtylog.kvm.arch.architecture import Rom
+from dirtylog.kvm.arch.x86_64_state import ReadyState, registers_of, state_of
 from dirtylog.linux.layout import Direction, ioctl_number
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dirtylog.kvm.system import KvmSystem
     from dirtylog.kvm.vcpu import KvmVcpu
 
@@ -105,13 +108,29 @@ class X86_64:  # noqa: N801 - the architecture's name
 
     def restore(self, vcpu: KvmVcpu, state: object) -> None:
         """Set the whole state of a vCPU that does not run."""
-        if not isinstance(state, x86.X86State):
-            raise InvalidArgumentError(f"a vCPU of x86_64 has no state of type {type(state).__name__}")
-        x86.restore(vcpu, state)
+        x86.restore(vcpu, _checked(state))
+
+    def registers_of(self, state: object) -> dict[str, str]:
+        """Return a saved state as registers by name."""
+        return registers_of(_checked(state))
+
+    def state_of(self, kind: str, registers: Mapping[str, str]) -> x86.X86State:
+        """Return the state of these registers."""
+        return state_of(kind, registers)
+
+    def make_ready(self, vcpu: KvmVcpu, state: object) -> ReadyState:
+        """Return the state made ready to be restored often."""
+        return ReadyState(vcpu, _checked(state))
 
     def pc(self, vcpu: KvmVcpu) -> int:
         """Return rip."""
         return vcpu.get(x86.Regs).rip
+
+
+def _checked(state: object) -> x86.X86State:
+    if not isinstance(state, x86.X86State):
+        raise InvalidArgumentError(f"a vCPU of x86_64 has no state of type {type(state).__name__}")
+    return state
 
 
 def _set_cpuid(system: KvmSystem, vcpu: KvmVcpu) -> None:

@@ -178,7 +178,7 @@ class MpState(Struct):
 
 XSAVE_BYTES = 4096
 """sizeof(struct kvm_xsave). KVM_CAP_XSAVE2 tells how much more there is with features that were asked for."""
-_MOST_XSAVE_BYTES = 64 << 10
+MOST_XSAVE_BYTES = 64 << 10
 KVM_GET_XSAVE = ioctl_number(Direction.READ, 0xA4, XSAVE_BYTES)
 KVM_SET_XSAVE = ioctl_number(Direction.WRITE, 0xA5, XSAVE_BYTES)
 KVM_GET_XSAVE2 = ioctl_number(Direction.READ, 0xCF, XSAVE_BYTES)
@@ -248,7 +248,7 @@ def set_xsave(vcpu: KvmVcpu, area: bytes) -> None:
     if len(area) < XSAVE_BYTES:
         raise InvalidArgumentError(f"an XSAVE area of {len(area)} bytes: it has at least {XSAVE_BYTES}")
     # Padded, for the kernel reads as many bytes as KVM_CAP_XSAVE2 says on this host.
-    vcpu.ioctl(KVM_SET_XSAVE, bytearray(area.ljust(_MOST_XSAVE_BYTES, b"\0")), f"cannot set the FPU of vCPU {vcpu.index}")
+    vcpu.ioctl(KVM_SET_XSAVE, bytearray(area.ljust(MOST_XSAVE_BYTES, b"\0")), f"cannot set the FPU of vCPU {vcpu.index}")
 
 
 def msr_numbers(system: KvmSystem) -> list[int]:
@@ -267,7 +267,7 @@ def get_msrs(vcpu: KvmVcpu, numbers: list[int]) -> dict[int, int]:
     values: dict[int, int] = {}
     start = 0
     while start < len(numbers):
-        argument = _msr_argument([(number, 0) for number in numbers[start:]])
+        argument = msr_argument([(number, 0) for number in numbers[start:]])
         done = vcpu.ioctl(KVM_GET_MSRS, argument, f"cannot read the MSRs of vCPU {vcpu.index}")
         for entry in range(done):
             number, _, value = _MSR_ENTRY.unpack_from(argument, _MSR_HEADER_BYTES + entry * _MSR_ENTRY.size)
@@ -276,20 +276,24 @@ def get_msrs(vcpu: KvmVcpu, numbers: list[int]) -> dict[int, int]:
     return values
 
 
-def put_msrs(vcpu: KvmVcpu, values: dict[int, int]) -> None:
-    """Set MSRs. One that cannot be set is an error, unless it has that value already."""
+def put_msrs(vcpu: KvmVcpu, values: dict[int, int]) -> dict[int, int]:
+    """Set MSRs; return those that were set. One that cannot be set is an error, unless it has that value already."""
+    taken = dict(values)
     rest = list(values.items())
     while rest:
-        done = vcpu.ioctl(KVM_SET_MSRS, _msr_argument(rest), f"cannot set the MSRs of vCPU {vcpu.index}")
+        done = vcpu.ioctl(KVM_SET_MSRS, msr_argument(rest), f"cannot set the MSRs of vCPU {vcpu.index}")
         if done == len(rest):
             break
         number, value = rest[done]
         if get_msrs(vcpu, [number]).get(number) != value:
             raise DirtyLogError(f"vCPU {vcpu.index} refuses {value:#x} for MSR {number:#x}")
+        del taken[number]
         rest = rest[done + 1 :]
+    return taken
 
 
-def _msr_argument(entries: list[tuple[int, int]]) -> bytearray:
+def msr_argument(entries: list[tuple[int, int]]) -> bytearray:
+    """Return the kvm_msrs of these numbers and values."""
     argument = bytearray(packing.pack("=II", len(entries), 0))
     for number, value in entries:
         argument += _MSR_ENTRY.pack(number, 0, value)
