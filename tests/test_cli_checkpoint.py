@@ -163,6 +163,27 @@ def test_verify_names_each_planted_corruption(tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_store_is_pushed_and_pulled(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec", reason="fsspec is not installed")
+    array = library.empty((50, 4096), "uint8")
+    with library.Checkpointer({"a": array}, tmp_path / "store") as saver:
+        array[:40] = 3
+        saver.save("one")
+        first = dirtylog("push", str(tmp_path / "store"), str(tmp_path / "copy"))
+        assert (first.status, first.err) == (0, "")
+        array[7] = 4
+        saver.save("two")
+    again = dirtylog("push", str(tmp_path / "store"), f"file://{tmp_path / 'copy'}")
+    assert again.status == 0
+    assert re.match(r"sent \d+ objects, .* of .* to file://", again.out)
+    assert dirtylog("pull", str(tmp_path / "copy"), str(tmp_path / "back")).status == 0
+    assert dirtylog("checkpoints", str(tmp_path / "back")).out == dirtylog("checkpoints", str(tmp_path / "store")).out
+    assert np.array_equal(library.restore(tmp_path / "back")["a"], array)
+    nothing = dirtylog("pull", str(tmp_path / "nowhere"), str(tmp_path / "new"))
+    assert nothing.status == 2
+    assert "Traceback" not in nothing.err
+
+
 @pytest.mark.parametrize(
     ("words", "status", "why"),
     [

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dirtylog.cli.check import Check
 from dirtylog.cli.checkpoint import Checkpoint
+from dirtylog.cli.copies import Pull, Push
 from dirtylog.cli.demo import Demo
 from dirtylog.cli.exits import ExitCode, exit_code_of
 from dirtylog.cli.export import Export
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 COMMANDS: tuple[type[Command], ...] = (
     *(Check, Run, Rate, Top, Record, Report, Export),
-    *(Checkpoint, Checkpoints, Restore, Verify, Diff, Prune),
+    *(Checkpoint, Checkpoints, Restore, Verify, Diff, Prune, Push, Pull),
     Demo,
 )
 
