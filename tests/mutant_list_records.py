@@ -69,13 +69,6 @@ RECORDS = (
         f"{_RECORDING}::test_a_file_is_replaced_only_when_that_is_said",
     ),
     _recorder(
-        "a-stale-journal-is-left",
-        "SQLite: a hot journal beside another file",
-        "            journal.unlink(missing_ok=True)\n",
-        "",
-        f"{_RECORDING}::test_a_stale_journal_is_not_played_into_a_new_file",
-    ),
-    _recorder(
         "a-gap-that-is-over-was-none",
         "coverage that is looked at only at the end",
         '        known = self._told.get("incomplete", [])\n',

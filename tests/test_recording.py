@@ -319,16 +319,18 @@ def test_a_file_is_replaced_only_when_that_is_said(tmp_path: Path) -> None:
         assert (len(recording.rounds), recording.marks[0].text) == (0, "still")
 
 
-def test_a_stale_journal_is_not_played_into_a_new_file(tmp_path: Path) -> None:
-    path = tmp_path / "new.dlog"
-    journal = tmp_path / "new.dlog-journal"
-    journal.write_bytes(b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + bytes(4096))
-    with dirtylog.track(bytearray(4096)) as log:
-        with pytest.raises(dirtylog.InvalidArgumentError, match=r"journal.*exists"):
-            dirtylog.Recorder(path, log.memory)
-        with dirtylog.Recorder(path, log.memory, overwrite=True):
-            assert not journal.exists()
-    dirtylog.Recording(path).close()
+def test_a_journal_that_an_earlier_file_left_is_not_played_into_a_new_one(tmp_path: Path) -> None:
+    path, old = tmp_path / "new.dlog", tmp_path / "old"
+    with contextlib.closing(sqlite3.connect(old, isolation_level=None)) as database:
+        database.execute("PRAGMA cache_size=1")
+        database.execute("CREATE TABLE big (data)")
+        database.execute("INSERT INTO big VALUES (zeroblob(100000))")
+        database.execute("BEGIN")
+        database.execute("UPDATE big SET data = randomblob(100000)")
+        (tmp_path / "new.dlog-journal").write_bytes((tmp_path / "old-journal").read_bytes())
+        assert (tmp_path / "new.dlog-journal").stat().st_size > 4096
+    assert read_all(recorded(tmp_path, [[1], [2]], "new.dlog")) == [1, 2]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name, old.name]
 
 
 def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 Facts about SQLite that this relies on:
 
 * A transaction that is cut off, by SIGKILL too, leaves a journal from which the next reader takes the file back to the one before.
-  The journal is found by its name: a stale one beside a new file would be played into that. So both go together.
+  The journal is found by its name; one that is left of an earlier file is not played into a new, empty one.
 * With synchronous=OFF it waits for no disk. A process that dies loses nothing by that, for the kernel has the pages; a machine that
   loses its power may.
 * Readers lock the file while they read. A round that finds it locked is kept, and written with the next one.
@@ -237,16 +237,10 @@ def _storable(name: str) -> str | bytes:
 
 def _create(path: Path, *, overwrite: bool) -> int:
     """Create the file, and return a descriptor that says that it is being recorded."""
-    journal = path.with_name(f"{path.name}-journal")
     try:
         if overwrite:
             _refuse_if_recorded(path)
             path.unlink(missing_ok=True)
-            journal.unlink(missing_ok=True)
-        else:
-            # A stale one: there must be none beside a new file.
-            os.close(os.open(journal, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            journal.unlink()
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
     except FileExistsError as error:
         raise InvalidArgumentError(f"{error.filename!r} exists", remedy="choose another name, or replace it with -f") from error
