@@ -46,7 +46,6 @@ def _resources() -> list[tuple[str, bool, str]]:
         ("prometheus-client", importlib.util.find_spec("prometheus_client") is not None, "metrics, scraped"),
         ("pyarrow", importlib.util.find_spec("pyarrow") is not None, "recordings as Parquet"),
         ("moto, s3fs", all(map(importlib.util.find_spec, ("moto", "s3fs"))), "copies of stores on an S3 server"),
-        ("strace", shutil.which("strace") is not None, "stores whose writer is killed at every system call"),
         *(
             (f"binutils {tool}", find_tool(tool, "as") is not None, "the guest program is what its source says")
             for tool in CROSS_TOOLS

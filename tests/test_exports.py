@@ -83,6 +83,7 @@ def test_the_public_names() -> None:
         "GuestFaultError",
         "Image",
         "InvalidArgumentError",
+        "Keep",
         "KernelPort",
         "LoggingOffError",
         "Memory",

@@ -4,6 +4,7 @@ from dirtylog.bitmap import DirtyBitmap
 from dirtylog.buffers.track import empty, track
 from dirtylog.checkpoint.arrays import restore
 from dirtylog.checkpoint.restore import restore_memory
+from dirtylog.checkpoint.retention import Keep
 from dirtylog.checkpoint.saver import Checkpointer
 from dirtylog.dirty_log import DirtyLog
 from dirtylog.epoch import Consumer, Epoch
@@ -47,6 +48,7 @@ __all__ = [
     "GuestFaultError",
     "Image",
     "InvalidArgumentError",
+    "Keep",
     "KernelPort",
     "LoggingOffError",
     "Memory",

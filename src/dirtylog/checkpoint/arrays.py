@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib.format import descr_to_dtype, dtype_to_descr
 
-from dirtylog.checkpoint.restore import read_slot
+from dirtylog.checkpoint.contents import in_a_row
+from dirtylog.checkpoint.own_files import refuse_own_files
+from dirtylog.checkpoint.restore import differing, give_slot, read_slot, staying, write_slot
 from dirtylog.checkpoint.store import SlotLayout, Store
-from dirtylog.errors import CorruptDataError, InvalidArgumentError
+from dirtylog.errors import CorruptDataError, DirtyLogError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,8 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_PAGE_BYTES = 4096
-_CHUNK_BYTES = 4 << 20
+    from dirtylog.checkpoint.pages import PageMap
 
 
 def array_facts(name: str, array: NDArray[Any], start: int) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def restore(
 
     They are copies that may be written; with ``mapped`` read-only, and backed by a file without a name, so that they take no memory
     that cannot be dropped. With ``into`` they are put into existing arrays of the same shape and type, of which only pages that
-    differ are written, and these are returned.
+    differ are written, and these are returned; when a page does not verify, some of it is there already.
 
     Raises :class:`InvalidArgumentError`, where shapes do not agree for one, and :class:`CorruptDataError`.
     """
@@ -58,34 +59,35 @@ def restore(
         slots = {slot.name: slot for slot in checkpoint.slots if slot.array is not None}
         if not slots:
             raise InvalidArgumentError(f"checkpoint {checkpoint.id} has no arrays", remedy="restore its memory instead")
-        maps = store.maps(checkpoint.id)
-        if into is None:
-            return {name: array_of(_bytes_of(store, slot, maps[slot.key], mapped=mapped), slot) for name, slot in slots.items()}
-        for name, array in into.items():
+        for name, array in (into or {}).items():
             if name not in slots:
                 raise InvalidArgumentError(f"checkpoint {checkpoint.id} has no array {name!r}", remedy=f"it has {', '.join(slots)}")
             _check_same(name, array, slots[name])
-        for name, array in into.items():
-            slot = slots[name]
-            saved = array_of(_bytes_of(store, slot, maps[slot.key], mapped=True), slot)
-            _put(array, saved)
-        return dict(into)
+            refuse_own_files(name, array, store.path)
+        with staying(store, checkpoint.id):
+            maps = store.maps(checkpoint.id)
+            if into is None:
+                return {name: array_of(_bytes_of(store, slot, maps[slot.key], mapped=mapped), slot) for name, slot in slots.items()}
+            for name, array in into.items():
+                _put(store, slots[name], maps[slots[name].key], array)
+            return dict(into)
 
 
-def _bytes_of(store: Store, slot: SlotLayout, pages: Any, *, mapped: bool) -> NDArray[np.uint8]:  # noqa: ANN401 - a PageMap
+def _bytes_of(store: Store, slot: SlotLayout, pages: PageMap, *, mapped: bool) -> NDArray[np.uint8]:
     if not mapped:
         whole = np.empty((slot.npages, slot.page_size), np.uint8)
         read_slot(store, pages, whole)
         return whole.reshape(-1)
-    with ExitStack() as files:
+    try:
         # Beside the store, where there is room for it; /tmp may be memory.
-        file = files.enter_context(tempfile.TemporaryFile(dir=store.path))
-        file.truncate(slot.nbytes)
-        with mmap.mmap(file.fileno(), slot.nbytes) as shared:
-            view = np.frombuffer(shared, np.uint8).reshape(slot.npages, slot.page_size)
-            read_slot(store, pages, view)
-            del view
-        return np.frombuffer(mmap.mmap(file.fileno(), slot.nbytes, access=mmap.ACCESS_READ), np.uint8)
+        with tempfile.TemporaryFile(dir=store.path) as file:
+            file.truncate(slot.nbytes)
+            write_slot(store, pages, slot.page_size, file.fileno())
+            return np.frombuffer(mmap.mmap(file.fileno(), slot.nbytes, access=mmap.ACCESS_READ), np.uint8)
+    except OSError as error:
+        raise DirtyLogError(
+            f"no file to map can be made in {str(store.path)!r}", errno=error.errno, reason=error.strerror
+        ) from error
 
 
 def array_of(octets: NDArray[np.uint8], slot: SlotLayout) -> NDArray[Any]:
@@ -118,17 +120,34 @@ def _check_same(name: str, array: NDArray[Any], slot: SlotLayout) -> None:
         raise InvalidArgumentError(f"array {name!r} is read-only")
 
 
-def _put(array: NDArray[Any], saved: NDArray[Any]) -> None:
-    """Copy what differs, page by page. Octets are compared: a NaN is no reason to write."""
-    if not (array.flags.c_contiguous and saved.flags.c_contiguous):
-        array[...] = saved
-        return
-    mine, theirs = (one.reshape(-1).view(np.uint8) for one in (array, saved))
-    for at in range(0, len(mine), _CHUNK_BYTES):
-        into, source = mine[at : at + _CHUNK_BYTES], theirs[at : at + _CHUNK_BYTES]
-        whole = len(into) // _PAGE_BYTES * _PAGE_BYTES
-        rows, others = into[:whole].reshape(-1, _PAGE_BYTES), source[:whole].reshape(-1, _PAGE_BYTES)
-        differs = (rows != others).any(axis=1)
-        rows[differs] = others[differs]
-        if not np.array_equal(into[whole:], source[whole:]):
-            into[whole:] = source[whole:]
+def _put(store: Store, slot: SlotLayout, pages: PageMap, array: NDArray[Any]) -> None:
+    """Put the pages of a slot into an array."""
+    facts = slot.array or {}
+    if array.flags.forc and list(array.strides) == facts["strides"]:
+        octets = np.asarray(array).reshape(-1, order="A").view(np.uint8)
+        give_slot(store, pages, slot.page_size, partial(_put_pages, octets, facts["offset"]))
+    else:
+        array[...] = array_of(_bytes_of(store, slot, pages, mapped=True), slot)
+
+
+def _put_pages(octets: NDArray[np.uint8], offset: int, pages: NDArray[np.int64], saved: NDArray[np.uint8]) -> None:
+    """Put pages into an array that begins at ``offset`` of page 0, where their octets differ: a NaN is no reason to write."""
+    size = saved.shape[1]
+    first = -(-offset // size)
+    begin = first * size - offset
+    inner = octets[begin : max(begin, begin + (len(octets) - begin) // size * size)].reshape(-1, size)
+    whole = (pages >= first) & (pages < first + len(inner))
+    # The first and the last page.
+    for page, row in zip(pages[~whole].tolist(), saved[~whole], strict=True):
+        at = page * size - offset
+        mine = octets[max(at, 0) : at + size]
+        theirs = row[max(-at, 0) :][: len(mine)]
+        if not np.array_equal(mine, theirs):
+            mine[:] = theirs
+    if not whole.all():
+        pages, saved = pages[whole], saved[whole]
+    rows = pages - first
+    if len(rows):
+        now = inner[rows[0] : rows[-1] + 1] if in_a_row(rows) else inner[rows]
+        differs = differing(now, saved)
+        inner[rows[differs]] = saved[differs]

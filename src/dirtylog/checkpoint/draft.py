@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dirtylog.checkpoint.codecs import Adaptive, codec
-from dirtylog.checkpoint.index import BatchRow, CheckpointRow
 from dirtylog.checkpoint.pages import ZERO, PageMap, pack
+from dirtylog.checkpoint.rows import BatchRow, CheckpointRow
 from dirtylog.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ class Draft:
     def __init__(self, store: Store, compression: str) -> None:
         self._store = store
         self._compress = Adaptive(codec(compression))
-        self._facts = store.index.facts()
-        self._place = self._facts.next_place
+        self._place = store.index.facts().next_place
         self._buffer = np.empty((0, 0), np.uint8)
         self._filled = 0
         self._batches: list[BatchRow] = []
@@ -66,19 +65,20 @@ class Draft:
         if page_size != self._buffer.shape[1]:
             self._flush()
             self._buffer = np.empty((max(1, BATCH_BYTES // page_size), page_size), np.uint8)
-        parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+        # Runs at once, for pages are many.
+        parts: list[PageMap] = []
         at = 0
         while at < len(pages):
             some = pages[at : at + len(self._buffer) - self._filled]
             into = self._buffer[self._filled : self._filled + len(some)]
             read(some, into)
-            parts.append((some, self._keep(into)))
+            parts.append(PageMap(some, np.ones(len(some), np.int64), self._keep(into)).joined())
             at += len(some)
             self._done += into.nbytes
             self.progress(self._done, self.expected)
             if self._filled == len(self._buffer):
                 self._flush()
-        taken = PageMap.of(parts)
+        taken = PageMap.one_after_another(parts)
         self._maps[key] = self._maps[key].under(taken) if key in self._maps else taken
 
     def _keep(self, contents: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -122,16 +122,16 @@ class Draft:
                 raise InvalidArgumentError(f"not all pages of {slot.label} were written, and no checkpoint before has it")
         self._flush()
         self._store.sync()
-        index = self._store.index
         npages = sum(one.count() for one in self._maps.values())
         stored = sum(one.nonzero() for one in self._maps.values())
-        with index.transaction():
+        with self._store.transaction() as index:
             number, batch = index.next_checkpoint(), index.next_batch()
             index.put_batches([row._replace(batch=batch + at) for at, row in enumerate(self._batches)])
             for segment, nbytes in self._segments.items():
                 index.put_segment(segment, nbytes)
-            next_slot = max(self._facts.next_slot, *(slot.key + 1 for slot in slots), 0)
-            index.put_facts(replace(self._facts, next_place=self._place, next_slot=next_slot))
+            facts = index.facts()
+            next_slot = max(facts.next_slot, *(slot.key + 1 for slot in slots), 0)
+            index.put_facts(facts._replace(next_place=self._place, next_slot=next_slot))
             row = CheckpointRow(
                 id=number,
                 parent=None if parent is None else parent.id,
@@ -149,8 +149,8 @@ class Draft:
         return number
 
     def abort(self) -> None:
-        """Give up: what was written is written over by the next."""
-        self._store.leave_segment()
+        """Give up: what was written is no more."""
+        self._store.give_up()
 
 
 def _zero_pages(contents: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -17,11 +17,12 @@ from dirtylog import varint
 from dirtylog.errors import CorruptDataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
 ZERO = -1
+_MISSING = -2
 _LEVEL = 1
 # How a run's place is written down: zeros, as the run before goes on, or by how far off that is.
 _IS_ZERO, _GOES_ON, _OFF = 0, 1, 2
@@ -46,6 +47,25 @@ class PageMap:
         return cls(pages, np.ones(len(pages), np.int64), places).joined()
 
     @classmethod
+    def one_after_another(cls, maps: Sequence[PageMap]) -> PageMap:
+        """Return maps as one, each of pages after those of the one before."""
+        if not maps:
+            return cls.of(())
+        return cls(*(np.concatenate([getattr(one, name) for one in maps]) for name in ("first", "npages", "place"))).joined()
+
+    @classmethod
+    def layers(cls, npages: int, maps: Iterable[PageMap]) -> PageMap:
+        """Return all that maps have of a slot of so many pages, each laid over those before it. What many have costs no more."""
+        place = np.full(npages, _MISSING, np.int64)
+        for one in maps:
+            pages, places = one.places()
+            if len(pages) and pages[-1] >= npages:
+                raise CorruptDataError(f"a map has page {pages[-1]} of a slot of {npages} pages")
+            place[pages] = places
+        pages = np.flatnonzero(place != _MISSING)
+        return cls(pages, np.ones(len(pages), np.int64), place[pages]).joined()
+
+    @classmethod
     def zeros(cls, npages: int) -> PageMap:
         """Return a map of so many zero pages."""
         return cls(np.array([0]), np.array([npages]), np.array([ZERO]))
@@ -62,7 +82,10 @@ class PageMap:
 
     def under(self, newer: PageMap) -> PageMap:
         """Return this map with another laid over it: where both have a page, the newer one's place counts."""
-        edges = np.unique(np.concatenate((self.first, self.first + self.npages, newer.first, newer.first + newer.npages)))
+        # Sorted runs are merged quickly by a stable sort; np.unique makes a hash table of them.
+        edges = np.concatenate((self.first, self.first + self.npages, newer.first, newer.first + newer.npages))
+        edges.sort(kind="stable")
+        edges = edges[np.diff(edges, prepend=-1) != 0]
         places = np.full(max(len(edges) - 1, 0), ZERO, np.int64)
         there = np.zeros(len(places), np.bool_)
         for one in (self, newer):

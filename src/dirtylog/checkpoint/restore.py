@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from dirtylog.checkpoint.contents import Contents
+from dirtylog.checkpoint.pages import ZERO
 from dirtylog.checkpoint.store import Store
 from dirtylog.checkpoint.vcpus import unpack_vcpus
 from dirtylog.errors import CorruptDataError, InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -22,8 +25,9 @@ if TYPE_CHECKING:
     from dirtylog.memory import Memory
     from dirtylog.memslot import MemorySlot
 
-_CHUNK_PAGES = 1 << 14
-_TRIES = 3
+_ZERO_BYTES = 4 << 20
+"""So much is looked at in one go of what was zero."""
+_TRIES = 10
 _T = TypeVar("_T")
 
 
@@ -34,22 +38,68 @@ def reading(store: Store, read: Callable[[Contents], _T]) -> _T:
         try:
             return read(contents)
         except CorruptDataError:
-            if attempt == _TRIES - 1 or store.index.batches() == contents.rows:
+            if attempt == _TRIES - 1 or store.index.batches_by_soundness()[0] == contents.rows:
                 raise
         finally:
             contents.close()
     raise AssertionError
 
 
+@contextmanager
+def staying(store: Store, number: int) -> Iterator[None]:
+    """Tell what goes wrong within it as what it is if the checkpoint has been dropped by the store's writer meanwhile."""
+    try:
+        yield
+    except CorruptDataError as error:
+        if number in store.index.ids():
+            raise
+        raise InvalidArgumentError(f"checkpoint {number} was dropped while it was read", remedy="restore another one") from error
+
+
 def read_slot(store: Store, pages: PageMap, out: NDArray[np.uint8]) -> None:
     """Fill ``out``, uint8[npages, page_size], with all pages of a slot."""
     _, places = pages.places()
+    reading(store, lambda contents: contents.read(places, out))
 
-    def read(contents: Contents) -> None:
-        for at in range(0, len(places), _CHUNK_PAGES):
-            contents.read(places[at : at + _CHUNK_PAGES], out[at : at + _CHUNK_PAGES])
 
-    reading(store, read)
+def write_slot(store: Store, pages: PageMap, page_size: int, descriptor: int) -> None:
+    """Write all pages of a slot into a file of its length. Zero ones are left as they are: the file must be new."""
+    _, places = pages.places()
+
+    def write(which: NDArray[np.int64], saved: NDArray[np.uint8]) -> None:
+        begins = np.flatnonzero(np.diff(which, prepend=-2) != 1).tolist()
+        for begin, end in zip(begins, [*begins[1:], len(which)], strict=True):
+            octets, at = saved[begin:end].reshape(-1).data, int(which[begin]) * page_size
+            while octets:
+                count = os.pwrite(descriptor, octets, at)
+                octets, at = octets[count:], at + count
+
+    reading(store, lambda contents: contents.give(places, page_size, write))
+
+
+def give_slot(store: Store, pages: PageMap, page_size: int, take: Callable[[NDArray[np.int64], NDArray[np.uint8]], object]) -> None:
+    """Give all pages of a slot to ``take``: ascending numbers and uint8[k, page_size]. Two threads call it.
+
+    Where the store's writer moves pages meanwhile, some come twice.
+    """
+    _, places = pages.places()
+    reading(store, lambda contents: contents.give(places, page_size, take))
+    for which, nothing in _zero_pages(places, page_size):
+        take(which, nothing)
+
+
+def _zero_pages(places: NDArray[np.int64], page_size: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+    zeros = np.flatnonzero(places == ZERO)
+    step = max(1, _ZERO_BYTES // page_size)
+    nothing = np.zeros((min(step, len(zeros)), page_size), np.uint8)
+    for at in range(0, len(zeros), step):
+        which = zeros[at : at + step]
+        yield which, nothing[: len(which)]
+
+
+def differing(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Return which pages differ, of two times uint8[k, page_size]."""
+    return np.asarray((one.view(np.uint64) != other.view(np.uint64)).any(axis=1))
 
 
 def restore_memory(memory: Memory, path: str | Path, number: int | None = None) -> Checkpoint:
@@ -68,36 +118,34 @@ def restore_memory(memory: Memory, path: str | Path, number: int | None = None) 
 def put_back(store: Store, checkpoint: Checkpoint, slots: Sequence[tuple[Memory, MemorySlot, str]]) -> None:
     """Put a checkpoint into memories: rows of (memory, slot, the name of an array or ""). Only pages that differ are written."""
     pairs = [(layout, *_matching(layout, slots, checkpoint)) for layout in checkpoint.slots]
-    maps = store.maps(checkpoint.id)
     states = unpack_vcpus(checkpoint.extra)
-    for layout, memory, slot in pairs:
-        _, places = maps[layout.key].places()
-        # Bounded by bytes: pages of a slot may be large.
-        step = max(1, (_CHUNK_PAGES << 10) // slot.page_size)
-        buffer = np.empty((min(step, slot.npages), slot.page_size), np.uint8)
-
-        def read(
-            contents: Contents,
-            memory: Memory = memory,
-            slot: MemorySlot = slot,
-            places: NDArray[np.int64] = places,
-            step: int = step,
-            buffer: NDArray[np.uint8] = buffer,
-        ) -> None:
-            for at in range(0, slot.npages, step):
-                pages = np.arange(at, min(at + step, slot.npages))
-                saved = buffer[: len(pages)]
-                contents.read(places[at : at + step], saved)
-                differs = (memory.read(slot.id, pages) != saved).any(axis=1)
-                if differs.any():
-                    memory.write(slot.id, pages[differs], saved[differs])
-
-        reading(store, read)
+    with staying(store, checkpoint.id):
+        maps = store.maps(checkpoint.id)
+        for layout, memory, slot in pairs:
+            _put_slot(store, maps[layout.key], memory, slot)
     memories = list(dict.fromkeys(memory for memory, _, name in slots if not name))
     for one, state in zip(memories, states, strict=False):
         load: Any = getattr(one, "load_vcpu_states", None)
         if load is not None and state:
             load(state)
+
+
+def _put_slot(store: Store, pages: PageMap, memory: Memory, slot: MemorySlot) -> None:
+    """Put all pages of a slot into a memory, from this thread alone: not every memory takes them from any."""
+    _, places = pages.places()
+
+    def put(which: NDArray[np.int64], saved: NDArray[np.uint8]) -> None:
+        differs = differing(memory.read(slot.id, which), saved)
+        if differs.any():
+            memory.write(slot.id, which[differs], saved[differs])
+
+    def read(contents: Contents) -> None:
+        for which, saved in contents.each(places, slot.page_size):
+            put(which, saved)
+
+    reading(store, read)
+    for which, nothing in _zero_pages(places, slot.page_size):
+        put(which, nothing)
 
 
 def _matching(

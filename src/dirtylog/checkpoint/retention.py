@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,14 +20,14 @@ from dirtylog.checkpoint.codecs import NONE, Adaptive, codec
 from dirtylog.checkpoint.contents import Contents, packed_places, places_of
 from dirtylog.checkpoint.pages import ZERO, pack, unpack
 from dirtylog.checkpoint.store import checkpoint_of
-from dirtylog.errors import InvalidArgumentError
+from dirtylog.errors import CorruptDataError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
-    from dirtylog.checkpoint.index import BatchRow, CheckpointRow
+    from dirtylog.checkpoint.rows import BatchRow, CheckpointRow
     from dirtylog.checkpoint.store import Checkpoint, Store
 
 LIVE_SHARE = 0.5
@@ -88,13 +89,12 @@ def prune(store: Store, keep: Keep, *, live_share: float = LIVE_SHARE) -> Freed:
 
 def _drop(store: Store, number: int) -> None:
     """Drop one checkpoint: those whose parent it is get its pages, where they have none of their own."""
-    index = store.index
-    with index.transaction():
-        rows = index.checkpoints()
-        (dropped,) = (row for row in rows if row.id == number)
-        for child in rows:
-            if child.parent == number and not child.whole:
-                index.put_checkpoint(_with_pages_of(dropped, child))
+    with store.transaction() as index:
+        dropped = index.checkpoint(number)
+        if dropped is None:
+            return
+        for child in index.children(number):
+            index.put_checkpoint(_with_pages_of(dropped, child))
         index.drop_checkpoint(number)
 
 
@@ -116,15 +116,32 @@ def _keys(row: CheckpointRow) -> set[int]:
 
 
 def collect(store: Store, *, live_share: float = LIVE_SHARE) -> int:
-    """Write segments anew of which too little is alive, and return how many bytes that freed."""
+    """Write segments anew of which too little is alive, and return how many bytes that freed.
+
+    What cannot be read is left as it is, and nothing is done at all with an index that is damaged: :class:`CorruptDataError`.
+    """
     alive = _live_places(store.index.checkpoints())
+    in_segment: dict[int, list[tuple[BatchRow, NDArray[np.bool_]]]] = {segment: [] for segment in store.index.segments()}
+    for row in store.index.batches():
+        in_segment[row.segment].append((row, np.isin(places_of(row), alive)))
+    goes = {
+        segment: nbytes
+        for segment, nbytes in sorted(store.index.segments().items())
+        if sum(row.nbytes * int(mask.sum()) / row.npages for row, mask in in_segment[segment]) < live_share * nbytes
+    }
+    if goes and (problems := store.index.quick_check()):
+        raise CorruptDataError(f"the index of {str(store.path)!r} is damaged: nothing is removed", reason=problems[0])
     freed = 0
-    for segment, nbytes in sorted(store.index.segments().items()):
-        rows = store.index.batches(segment)
-        kept = [(row, np.isin(places_of(row), alive)) for row in rows]
-        live = sum(row.nbytes * int(mask.sum()) / row.npages for row, mask in kept)
-        if live < live_share * nbytes:
-            freed += nbytes - _rewrite(store, segment, kept)
+    for segment in goes:
+        store.avoid(segment)
+    try:
+        for segment, nbytes in goes.items():
+            # Verify names what cannot be read; a decompression may need all of a batch.
+            with suppress(CorruptDataError):
+                freed += nbytes - _rewrite(store, segment, in_segment[segment])
+    except BaseException:
+        store.give_up()
+        raise
     return freed
 
 
@@ -137,7 +154,6 @@ def _live_places(rows: Sequence[CheckpointRow]) -> NDArray[np.int64]:
 
 def _rewrite(store: Store, segment: int, kept: Sequence[tuple[BatchRow, NDArray[np.bool_]]]) -> int:
     """Move the live pages of a segment to the end of another one, and remove it; return how many bytes they take there."""
-    store.avoid(segment)
     moved: list[BatchRow] = []
     lengths: dict[int, int] = {}
     contents = Contents(store)
@@ -152,14 +168,14 @@ def _rewrite(store: Store, segment: int, kept: Sequence[tuple[BatchRow, NDArray[
     finally:
         contents.close()
     store.sync()
-    with store.index.transaction():
-        store.index.put_batches(moved)
+    with store.transaction() as index:
+        index.put_batches(moved)
         for row, mask in kept:
             if not mask.any():
-                store.index.drop_batch(row.batch)
+                index.drop_batch(row.batch)
         for number, nbytes in lengths.items():
-            store.index.put_segment(number, nbytes)
-        store.index.drop_segment(segment)
+            index.put_segment(number, nbytes)
+        index.drop_segment(segment)
     segments.drop(store.folder, segment)
     return sum(row.nbytes for row in moved)
 

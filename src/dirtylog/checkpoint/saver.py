@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
 from dirtylog.bitmap import DirtyBitmap
 from dirtylog.buffers.memory import BUFFER_SLOT
 from dirtylog.buffers.track import track
 from dirtylog.checkpoint.arrays import array_facts
+from dirtylog.checkpoint.background import Saving
+from dirtylog.checkpoint.own_files import refuse_own_files
 from dirtylog.checkpoint.restore import put_back
 from dirtylog.checkpoint.retention import prune
 from dirtylog.checkpoint.store import Checkpoint, SlotLayout, Store
@@ -81,13 +85,18 @@ class Checkpointer:
         self._compression = compression
         self._parent: Checkpoint | None = None
         self._lock = threading.Lock()
+        self._saving: Saving | None = None
         with ExitStack() as resources:
             self.store = resources.enter_context(Store(path, write=True, checksum_name=checksum))
             self._next_key = self.store.index.facts().next_slot
             # Fails now, and not at the first save.
             self.store.draft(compression=compression).abort()
             name = f"checkpoint {self.store.path}"
-            self._parts = [_part_of(what, name, resources)] if isinstance(what, DirtyLog) else _arrays_of(what, name, resources)
+            self._parts = (
+                [_part_of(what, name, resources)]
+                if isinstance(what, DirtyLog)
+                else _arrays_of(what, name, self.store.path, resources)
+            )
             self._resources = resources.pop_all()
 
     def save(
@@ -99,12 +108,20 @@ class Checkpointer:
         is false. On any failure nothing of it is in the store, and the next checkpoint has these pages too. ``progress`` is told
         how many bytes are done, of how many that are known of.
         """
+        self._refuse_while_saving()
         runs = pause and any(not part.memory.paused for part in self._parts if part.array is None)
         return self._save(note, self._paused if runs else None, progress)
 
     def begin(self, note: str = "") -> Saving:
         """Begin a checkpoint in the background, while the program goes on; :meth:`Saving.finish` is the instant that it has."""
-        return Saving(self._save, note)
+        self._refuse_while_saving()
+        self._saving = Saving(self._save, note)
+        return self._saving
+
+    def _refuse_while_saving(self) -> None:
+        """Refuse what would wait for a checkpoint that waits for its end."""
+        if self._saving is not None and self._saving.under_way:
+            raise InvalidArgumentError("a checkpoint is being saved in the background", remedy="finish it or abandon it first")
 
     def _save(
         self, note: str, still: Callable[[], Any] | None, progress: Callable[[int, int], None] = lambda _done, _total: None
@@ -117,6 +134,8 @@ class Checkpointer:
                 opened = [(part, epochs.enter_context(part.consumer.epoch())) for part in self._parts]
                 nbytes = sum(self._write(draft, part, epoch.dirty) for part, epoch in opened)
                 if still is None:
+                    for part, epoch in opened:
+                        self._write(draft, part, _unlogged(part.memory, epoch.dirty))
                     self._commit(draft, note)
                 else:
                     for _ in range(_MOST_ROUNDS):
@@ -127,7 +146,8 @@ class Checkpointer:
                             break
                     with still():
                         for part, epoch in opened:
-                            self._write(draft, part, epoch.more())
+                            dirty = epoch.more()
+                            self._write(draft, part, dirty | _unlogged(part.memory, dirty))
                         self._commit(draft, note)
             except BaseException:
                 draft.abort()
@@ -150,9 +170,8 @@ class Checkpointer:
                 # New here: what is not written now is zero.
                 draft.zeros(key, slot.npages)
                 if not part.has_contents:
-                    bitmap = DirtyBitmap(slot.npages)  # noqa: PLW2901 - all of it, whatever was dirty
-                    draft.expected += (slot.npages - dirty[slot_id].count()) * slot.page_size
-                    bitmap.set_range(0, slot.npages)
+                    draft.expected += (slot.npages - bitmap.count()) * slot.page_size
+                    bitmap = _all_pages(slot)  # noqa: PLW2901 - whatever was dirty
             pages = bitmap.pages()
             if len(pages):
                 draft.write(key, pages, slot.page_size, partial(memory.read, slot_id))
@@ -204,6 +223,7 @@ class Checkpointer:
 
     def prune(self, keep: Keep) -> Freed:
         """Drop all checkpoints but those to keep, and get their room back."""
+        self._refuse_while_saving()
         with self._lock:
             return prune(self.store, keep)
 
@@ -216,7 +236,9 @@ class Checkpointer:
         return self.store.checkpoints()
 
     def close(self) -> None:
-        """Leave the store to others, and the log. A second call does nothing."""
+        """Leave the store to others, and the log; what is saved in the background is given up. A second call does nothing."""
+        if self._saving is not None and self._saving.under_way:
+            self._saving.abandon()
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -226,47 +248,15 @@ class Checkpointer:
         self.close()
 
 
-class Saving:
-    """A checkpoint that is saved in the background: its rounds are written while the program goes on."""
+def _unlogged(memory: Memory, dirty: Mapping[int, DirtyBitmap]) -> dict[int, DirtyBitmap]:
+    """Return all pages of the slots that are not logged: nobody knows what was written to them."""
+    return {slot.id: _all_pages(slot) for slot in memory.slots if slot.id not in dirty}
 
-    def __init__(self, save: Callable[[str, Callable[[], Any]], Checkpoint], note: str) -> None:
-        self._cut = threading.Event()
-        self._given_up = False
-        self._saved: Checkpoint | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(save, note), name="checkpoint", daemon=True)
-        self._thread.start()
 
-    def _run(self, save: Callable[[str, Callable[[], Any]], Checkpoint], note: str) -> None:
-        try:
-            self._saved = save(note, self._still)
-        except BaseException as error:  # noqa: BLE001 - it is raised where the saving is finished
-            self._error = error
-
-    @contextmanager
-    def _still(self) -> Iterator[None]:
-        self._cut.wait()
-        if self._given_up:
-            raise InvalidArgumentError("this checkpoint was given up")
-        yield
-
-    def finish(self) -> Checkpoint:
-        """Save what was written until now, and return the checkpoint when it is safe. Nobody may write meanwhile.
-
-        Raises what went wrong in the background: nothing is in the store then, and the next checkpoint has these pages too.
-        """
-        self._cut.set()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        assert self._saved is not None  # noqa: S101 - it ended without an error
-        return self._saved
-
-    def abandon(self) -> None:
-        """Give it up: the next checkpoint has its pages too."""
-        self._given_up = True
-        self._cut.set()
-        self._thread.join()
+def _all_pages(slot: MemorySlot) -> DirtyBitmap:
+    everything = DirtyBitmap(slot.npages)
+    everything.set_range(0, slot.npages)
+    return everything
 
 
 def _part_of(log: DirtyLog, name: str, resources: ExitStack) -> _Part:
@@ -279,11 +269,13 @@ def _part_of(log: DirtyLog, name: str, resources: ExitStack) -> _Part:
     return _Part(log, consumer, has_contents=started)
 
 
-def _arrays_of(arrays: Mapping[str, NDArray[Any]], name: str, resources: ExitStack) -> list[_Part]:
+def _arrays_of(arrays: Mapping[str, NDArray[Any]], name: str, path: Path, resources: ExitStack) -> list[_Part]:
     if not arrays:
         raise InvalidArgumentError("no arrays: there is nothing to save")
     parts = []
     for title, array in arrays.items():
+        if isinstance(array, np.ndarray):
+            refuse_own_files(title, array, path)
         log = resources.enter_context(track(array))
         slot = log.memory.slots[BUFFER_SLOT]
         parts.append(_Part(log, log.consumer(name), title, array_facts(title, array, slot.host_address)))

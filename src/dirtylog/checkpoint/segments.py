@@ -11,17 +11,24 @@ Facts about files that this relies on:
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from dirtylog.errors import CorruptDataError, DirtyLogError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 FULL_BYTES = 256 << 20
 """A segment as long as that gets no more batches."""
+MOST_OPEN = 256
+"""So many segments are kept open to be read: a process may have 1024 files by default."""
+_START_BYTES = 4 << 20
+"""After so many bytes the disk is set to work, and does not wait for the sync."""
 
 
 def path_of(folder: Path, number: int) -> Path:
@@ -54,6 +61,7 @@ class SegmentWriter:
         with _writing(self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._new = nbytes == 0
+        self._started = nbytes
 
     def append(self, data: bytes | memoryview) -> int:
         """Write some octets, and return where."""
@@ -66,6 +74,10 @@ class SegmentWriter:
                     raise OSError(errno.EIO, "nothing was written")
                 self.nbytes += written
                 octets = octets[written:]
+            if self.nbytes - self._started >= _START_BYTES and hasattr(os, "posix_fadvise"):
+                # Of what is not on the disk yet, Linux only begins to write it. An error is the sync's to tell.
+                os.posix_fadvise(self._descriptor, self._started, self.nbytes - self._started, os.POSIX_FADV_DONTNEED)
+                self._started = self.nbytes
         return at
 
     def sync(self) -> None:
@@ -83,19 +95,35 @@ class SegmentWriter:
             self._descriptor = -1
 
 
+class _Open:
+    """An open segment. It is closed when nobody reads it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CorruptDataError(f"{str(path)!r} cannot be opened", errno=error.errno, reason=error.strerror) from error
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
 class SegmentReader:
-    """Reads segments, each of which is opened when it is first wanted."""
+    """Reads segments, each of which is opened when it is first wanted. Threads may share it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._open: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._open: dict[int, _Open] = {}
 
     def read_into(self, number: int, offset: int, out: memoryview) -> None:
         """Fill ``out``; :class:`CorruptDataError` where the segment ends before that, or is not there."""
-        descriptor = self._descriptor(number)
+        segment = self._opened(number)
         while out:
             try:
-                count = os.preadv(descriptor, [out], offset)
+                count = os.preadv(segment.descriptor, [out], offset)
             except OSError as error:
                 raise CorruptDataError(
                     f"segment {number} cannot be read at {offset}", errno=error.errno, reason=error.strerror
@@ -105,25 +133,32 @@ class SegmentReader:
             offset += count
             out = out[count:]
 
+    def hold(self, numbers: Iterable[int]) -> None:
+        """Open segments that will be read, as many as can be: what the store's writer removes then can be read all the same."""
+        for number in itertools.islice(numbers, MOST_OPEN):
+            # One that is not there is told of when it is read.
+            with suppress(CorruptDataError):
+                self._opened(number)
+
     def expect(self, number: int, offset: int, nbytes: int) -> None:
         """Say that this will be read soon."""
+        segment = self._opened(number)
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor(number), offset, nbytes, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(segment.descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
-    def _descriptor(self, number: int) -> int:
-        descriptor = self._open.get(number)
-        if descriptor is None:
-            path = path_of(self._folder, number)
-            try:
-                descriptor = self._open[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise CorruptDataError(f"{str(path)!r} cannot be opened", errno=error.errno, reason=error.strerror) from error
-        return descriptor
+    def _opened(self, number: int) -> _Open:
+        with self._lock:
+            segment = self._open.get(number)
+            if segment is None:
+                segment = self._open[number] = _Open(path_of(self._folder, number))
+                if len(self._open) > MOST_OPEN:
+                    self._open.pop(next(iter(self._open)))
+            return segment
 
     def close(self) -> None:
         """Close all. What is wanted later is opened again."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        with self._lock:
+            self._open.clear()
 
 
 class _writing:  # noqa: N801 - reads as a word at its use
@@ -140,5 +175,20 @@ class _writing:  # noqa: N801 - reads as a word at its use
 
 def drop(folder: Path, number: int) -> None:
     """Remove a segment that no index has."""
-    with suppress(FileNotFoundError), _writing(path_of(folder, number)):
-        path_of(folder, number).unlink()
+    with _writing(path_of(folder, number)):
+        path_of(folder, number).unlink(missing_ok=True)
+
+
+def length(folder: Path, number: int) -> int:
+    """Return how long a segment's file is, -1 if there is none."""
+    try:
+        return path_of(folder, number).stat().st_size
+    except OSError:
+        return -1
+
+
+def cut(folder: Path, number: int, nbytes: int) -> None:
+    """Cut off what lies behind the end of a segment."""
+    if length(folder, number) > nbytes:
+        with _writing(path_of(folder, number)):
+            os.truncate(path_of(folder, number), nbytes)

@@ -6,9 +6,9 @@ leaves every checkpoint that was committed whole, and at most some bytes behind 
 
 from __future__ import annotations
 
+import errno
 import json
-import os
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,18 +16,16 @@ from typing import TYPE_CHECKING, Any, Self
 from dirtylog.checkpoint import segments
 from dirtylog.checkpoint.codecs import Checksum, checksum
 from dirtylog.checkpoint.draft import Draft
-from dirtylog.checkpoint.index import Index, rows_of
+from dirtylog.checkpoint.folder import INDEX, LOCK, SEGMENTS, Lock, make
+from dirtylog.checkpoint.index import Index, chain
 from dirtylog.checkpoint.pages import PageMap, unpack
-from dirtylog.errors import AccessDeniedError, CorruptDataError, DirtyLogError, InvalidArgumentError
+from dirtylog.errors import CorruptDataError, DirtyLogError, InvalidArgumentError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
-    from dirtylog.checkpoint.index import CheckpointRow
-
-INDEX = "index.sqlite"
-SEGMENTS = "segments"
-_LOCK = "lock"
+    from dirtylog.checkpoint.rows import CheckpointRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +98,16 @@ class Store:
         self._resources = ExitStack()
         self._segment: segments.SegmentWriter | None = None
         self._spoiled: set[int] = set()
-        self._can_write = write
+        self._in_doubt = False
+        self._lock: Lock | None = None
         with ExitStack() as resources:
             if write and create:
-                _make(self.path, self.folder)
+                make(self.path)
             elif not (self.path / INDEX).exists():
                 raise InvalidArgumentError(f"{str(self.path)!r} is no checkpoint store: it has no {INDEX}")
             if write:
-                resources.callback(os.close, _lock(self.path / _LOCK))
+                self._lock = Lock(self.path / LOCK)
+                resources.callback(self._lock.close)
             name = checksum(checksum_name).name if write and create else None
             self.index = resources.enter_context(Index(self.path / INDEX, create=name, write=write))
             self.checksum: Checksum = checksum(self.index.facts().checksum)
@@ -126,30 +126,26 @@ class Store:
         return [checkpoint_of(row) for row in self.index.checkpoints()]
 
     def checkpoint(self, number: int | None = None) -> Checkpoint:
-        """Return one checkpoint, by default the newest."""
-        found = self.checkpoints()
-        if not found:
+        """Return one checkpoint, by default the newest. No other needs to be readable."""
+        ids = self.index.ids()
+        if not ids:
             raise InvalidArgumentError(f"{str(self.path)!r} has no checkpoint yet")
-        for one in found:
-            if one.id == (found[-1].id if number is None else number):
-                return one
-        raise InvalidArgumentError(
-            f"{str(self.path)!r} has no checkpoint {number}", remedy=f"it has {', '.join(str(one.id) for one in found)}"
-        )
+        row = self.index.checkpoint(ids[-1] if number is None else number)
+        if row is None:
+            raise InvalidArgumentError(
+                f"{str(self.path)!r} has no checkpoint {number}", remedy=f"it has {', '.join(map(str, ids))}"
+            )
+        return checkpoint_of(row)
 
     def maps(self, number: int) -> dict[int, PageMap]:
         """Return where each page of a checkpoint is, by key of its slot: of every slot a map that has every page."""
-        chain = list(rows_of(self.index.checkpoints(), number))
-        slots = checkpoint_of(chain[0]).slots
-        maps: dict[int, PageMap] = {}
-        # Newest first: what is laid over is never looked at again. Slots that are gone since are left out.
-        wanted = {slot.key for slot in slots}
-        for row in chain:
-            for key, one in unpack(row.map).items():
-                if key in wanted:
-                    maps[key] = one.under(maps[key]) if key in maps else one
+        with self.index.reading():
+            rows = list(chain(self.index, number))
+        slots = checkpoint_of(rows[0]).slots
+        brought = [unpack(row.map) for row in reversed(rows)]
+        maps = {slot.key: PageMap.layers(slot.npages, (one[slot.key] for one in brought if slot.key in one)) for slot in slots}
         for slot in slots:
-            if slot.key not in maps or not maps[slot.key].covers(slot.npages):
+            if not maps[slot.key].covers(slot.npages):
                 raise CorruptDataError(f"checkpoint {number} lacks pages of {slot.label}")
         return maps
 
@@ -184,6 +180,41 @@ class Store:
             self._spoil()
             raise
 
+    @contextmanager
+    def transaction(self) -> Iterator[Index]:
+        """Return a context that commits to the index what is said of pages that were appended and synced.
+
+        A commit that failed may have come to be all the same, when this process dies and the log is read again: until another one
+        lies over it, nothing that it tells of is written over.
+        """
+        try:
+            with self.index.transaction():
+                yield self.index
+        except BaseException as error:
+            # A disk that is full says so before the last word is written.
+            self._in_doubt |= not (isinstance(error, DirtyLogError) and error.errno == errno.ENOSPC)
+            self._spoiled |= {*segments.numbers_in(self.folder)}
+            self.leave_segment()
+            raise
+        self._in_doubt = False
+
+    def give_up(self) -> None:
+        """Leave what was appended since the last commit, and give its room back."""
+        self.leave_segment()
+        # What stays lies behind the end of a segment, or is removed by the next writer.
+        with suppress(DirtyLogError):
+            if self._in_doubt:
+                with self.transaction() as index:
+                    index.put_facts(index.facts())
+            lengths = self.index.segments()
+            for number in segments.numbers_in(self.folder):
+                if number not in lengths:
+                    segments.drop(self.folder, number)
+                elif number == max(lengths):
+                    segments.cut(self.folder, number, lengths[number])
+            # The index's log begins anew then: a disk that is full has room for what makes some.
+            self.index.settle()
+
     def leave_segment(self) -> None:
         """Append no more to what is written over if nothing commits it."""
         if self._segment is not None:
@@ -199,9 +230,11 @@ class Store:
     def _next_segment(self) -> segments.SegmentWriter:
         lengths = self.index.segments()
         last = max(lengths, default=0)
-        if last and lengths[last] < segments.FULL_BYTES and last not in self._spoiled:
+        # One that a disk has cut off is left as it is.
+        whole = last and segments.length(self.folder, last) >= lengths[last]
+        if whole and lengths[last] < segments.FULL_BYTES and last not in self._spoiled:
             return segments.SegmentWriter(self.folder, last, lengths[last])
-        return segments.SegmentWriter(self.folder, max(last, *segments.numbers_in(self.folder), 0) + 1, 0)
+        return segments.SegmentWriter(self.folder, max(last, *segments.numbers_in(self.folder), *self._spoiled, 0) + 1, 0)
 
     def _spoil(self) -> None:
         """Leave a segment in which a write or a sync has failed, for good."""
@@ -210,15 +243,21 @@ class Store:
             self.leave_segment()
 
     def check_writable(self) -> None:
-        """Raise :class:`InvalidArgumentError` if it was opened for reading."""
-        if not self._can_write:
+        """Raise :class:`InvalidArgumentError` if it was opened for reading, or by the process that this one was forked from."""
+        if self._lock is None:
             raise InvalidArgumentError(f"{str(self.path)!r} was opened for reading", remedy="open it with write=True")
+        if not self._lock.held:
+            raise InvalidArgumentError(f"{str(self.path)!r} is closed, or held by the process that this one was forked from")
 
     def _drop_leftovers(self) -> None:
-        """Remove segments that no commit knows: of a crash before it, or after one that took the last page out of them."""
+        """Remove segments that no commit knows: of a crash before it, or after one that took the last page out of them.
+
+        In the latter case the commit must be there for good first.
+        """
         known = self.index.segments()
-        for number in segments.numbers_in(self.folder):
-            if number not in known:
+        unknown = [number for number in segments.numbers_in(self.folder) if number not in known]
+        if unknown and self.index.settle():
+            for number in unknown:
                 segments.drop(self.folder, number)
 
     def close(self) -> None:
@@ -242,43 +281,3 @@ def checkpoint_of(row: CheckpointRow) -> Checkpoint:
     return Checkpoint(
         row.id, row.parent, row.created, row.note, bool(row.whole), row.npages, row.zeros, row.stored, slots, row.extra
     )
-
-
-def _make(path: Path, folder: Path) -> None:
-    try:
-        if path.is_dir() and any(path.iterdir()) and not (path / INDEX).exists() and not (path / _LOCK).exists():
-            raise InvalidArgumentError(
-                f"{str(path)!r} is no checkpoint store, and it is not empty", remedy="name an empty or a new folder"
-            )
-        made = not folder.is_dir()
-        folder.mkdir(parents=True, exist_ok=True)
-        if made:
-            segments.sync_folder(path)
-            with suppress(OSError):
-                segments.sync_folder(path.absolute().parent)
-    except OSError as error:
-        raise DirtyLogError(f"{str(path)!r} cannot be made", errno=error.errno, reason=error.strerror) from error
-
-
-def _lock(path: Path) -> int:
-    """Hold the store against other writers until the descriptor is closed. The kernel lets go of a dead process's lock (flock)."""
-    import fcntl  # noqa: PLC0415 - Windows has none, and this module is imported there
-
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise DirtyLogError(f"{str(path)!r} cannot be opened", errno=error.errno, reason=error.strerror) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-    except BlockingIOError as error:
-        who = os.pread(descriptor, 20, 0).decode(errors="replace")
-        os.close(descriptor)
-        raise AccessDeniedError(
-            f"{str(path.parent)!r} is being written by process {who}", errno=error.errno, remedy="wait for it, or use another store"
-        ) from error
-    except OSError as error:
-        os.close(descriptor)
-        raise DirtyLogError(f"{str(path)!r} cannot be written", errno=error.errno, reason=error.strerror) from error
-    return descriptor
