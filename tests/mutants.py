@@ -23,12 +23,13 @@ from mutant_list_process import PROCESS
 from mutant_list_readers import READERS
 from mutant_list_records import RECORDS
 from mutant_list_scan import SCAN
+from mutant_list_store import STORE
 from mutant_list_watch import WATCH
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-MUTANTS: tuple[Mutant, ...] = (*ORDER, *INTERLEAVED, *READERS, *EMULATED, *KVM, *SCAN, *WATCH, *PROCESS, *RECORDS)
+MUTANTS: tuple[Mutant, ...] = (*ORDER, *INTERLEAVED, *READERS, *EMULATED, *KVM, *SCAN, *WATCH, *PROCESS, *RECORDS, *STORE)
 """One list an area."""
 
 
