@@ -136,7 +136,7 @@ class Checkpointer:
                 if still is None:
                     for part, epoch in opened:
                         self._write(draft, part, _unlogged(part.memory, epoch.dirty))
-                    self._commit(draft, note)
+                    slots, extra = self._state()
                 else:
                     for _ in range(_MOST_ROUNDS):
                         if nbytes <= _SHORT_BYTES:
@@ -148,12 +148,14 @@ class Checkpointer:
                         for part, epoch in opened:
                             dirty = epoch.more()
                             self._write(draft, part, dirty | _unlogged(part.memory, dirty))
-                        self._commit(draft, note)
+                        slots, extra = self._state()
+                # Out of the pause: the disk may take its time.
+                saved = self.store.checkpoint(draft.commit(slots, parent=self._parent, note=note, extra=extra))
             except BaseException:
                 draft.abort()
                 raise
-        assert self._parent is not None  # noqa: S101 - it has just been committed
-        return self._parent
+            self._parent = saved
+        return saved
 
     def _write(self, draft: Draft, part: _Part, dirty: dict[int, DirtyBitmap]) -> int:
         """Write dirty pages of a part, and of slots that the store has not met all pages; return how many bytes."""
@@ -181,7 +183,8 @@ class Checkpointer:
     def _has(self, key: int) -> bool:
         return self._parent is not None and any(slot.key == key for slot in self._parent.slots)
 
-    def _commit(self, draft: Draft, note: str) -> None:
+    def _state(self) -> tuple[Sequence[SlotLayout], bytes]:
+        """Return what a checkpoint has beside its pages: the slots, and the states of vCPUs."""
         slots = [
             SlotLayout(
                 key=part.keys[slot],
@@ -197,8 +200,7 @@ class Checkpointer:
             for slot in part.memory.slots
             if slot in part.keys
         ]
-        extra = pack_vcpus([part.memory for part in self._parts if part.array is None])
-        self._parent = self.store.checkpoint(draft.commit(slots, parent=self._parent, note=note, extra=extra))
+        return slots, pack_vcpus([part.memory for part in self._parts if part.array is None])
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
