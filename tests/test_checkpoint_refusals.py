@@ -103,9 +103,12 @@ from dirtylog.checkpoint.store import Store
 with Store(sys.argv[1], write=True) as store:
     if sys.argv[2] == "forks":
         import os
+        is_there, there = os.pipe()
         child = os.fork()
         if not child:
+            os.write(there, b"!")
             time.sleep(1000)
+        os.read(is_there, 1)
         print(child, end=" ")
     print("open", flush=True)
     time.sleep(1000)
