@@ -109,7 +109,7 @@ def _read_elf(data: bytes, name: str) -> tuple[tuple[Segment, ...], int, str]:
         if elf["e_phnum"] >= _PN_XNUM or (elf["e_phnum"] and elf["e_phentsize"] < elf.structs.Elf_Phdr.sizeof()):
             raise ValueError("its program headers are too many or too short")  # noqa: TRY301 - said as what the parser says
         # Not by iter_segments: it makes an object of every segment, and goes through all sections for each dynamic one.
-        places = [elf["e_phoff"] + number * elf["e_phentsize"] for number in range(elf["e_phnum"])]
+        places = (elf["e_phoff"] + number * elf["e_phentsize"] for number in range(elf["e_phnum"]))
         parts = [utils.struct_parse(elf.structs.Elf_Phdr, elf.stream, stream_pos=place) for place in places]
         headers = [part for part in parts if part.p_type == "PT_LOAD" and part.p_memsz]
     except Exception as error:  # pyelftools raises what its parsers raise, of many kinds
