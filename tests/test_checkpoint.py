@@ -118,6 +118,24 @@ def test_restoring_into_arrays_writes_only_pages_that_differ(tmp_path: Path) -> 
         assert np.array_equal(array, saved)
 
 
+def test_a_checkpoint_is_put_into_other_arrays_or_another_memory(tmp_path: Path) -> None:
+    array, other = dirtylog.empty((20, PAGE), "uint8"), np.zeros((20, PAGE), "uint8")
+    with dirtylog.Checkpointer({"a": array}, tmp_path / "arrays") as saver:
+        array[3] = 4
+        first = saver.save()
+        array[3] = 5
+        saver.save()
+        assert saver.restore(first.id, into={"a": other}).id == first.id
+        assert (other[3] == 4).all()
+        assert (array[3] == 5).all()
+    with dirtylog.open("emu:arm:sweep", size="1MiB") as one, dirtylog.open("emu:arm:sweep", size="1MiB") as two:
+        one.write(0, [7], np.full((1, PAGE), 9, np.uint8))
+        with dirtylog.Checkpointer(dirtylog.DirtyLog(one), tmp_path / "guest") as saver:
+            saver.save()
+            saver.restore(into=two)
+        assert all(np.array_equal(now, contents(one)[slot]) for slot, now in contents(two).items())
+
+
 def test_a_save_has_just_what_was_written_and_zeros_take_no_room(tmp_path: Path) -> None:
     array = dirtylog.empty((1000, PAGE), "uint8")
     with dirtylog.Checkpointer({"a": array}, tmp_path / "store") as saver:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,10 +14,10 @@ import numpy as np
 from dirtylog.bitmap import DirtyBitmap
 from dirtylog.buffers.memory import BUFFER_SLOT
 from dirtylog.buffers.track import track
-from dirtylog.checkpoint.arrays import array_facts
+from dirtylog.checkpoint.arrays import array_facts, restore
 from dirtylog.checkpoint.background import Saving
 from dirtylog.checkpoint.own_files import refuse_own_files
-from dirtylog.checkpoint.restore import put_back
+from dirtylog.checkpoint.restore import put_back, restore_memory
 from dirtylog.checkpoint.retention import prune
 from dirtylog.checkpoint.store import Checkpoint, SlotLayout, Store
 from dirtylog.checkpoint.vcpus import pack_vcpus
@@ -25,7 +26,7 @@ from dirtylog.dirty_log import DirtyLog
 from dirtylog.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -213,12 +214,18 @@ class Checkpointer:
 
     # --- what is in the store
 
-    def restore(self, number: int | None = None) -> Checkpoint:
+    def restore(self, number: int | None = None, *, into: Memory | Mapping[str, NDArray[Any]] | None = None) -> Checkpoint:
         """Put a checkpoint, by default the newest, back into the memory: only pages that differ are written. It must stand still.
 
-        Its slots must be as they were. The writes are logged: the next checkpoint has them.
+        Its slots must be as they were. The writes are logged: the next checkpoint has them. With ``into`` it is put into another
+        memory instead, or into other arrays, by their names.
         """
         checkpoint = self.store.checkpoint(number)
+        if isinstance(into, Mapping):
+            restore(self.store.path, checkpoint.id, into=into)
+            return checkpoint
+        if into is not None:
+            return restore_memory(into, self.store.path, checkpoint.id)
         slots = [(part.memory, slot, part.name) for part in self._parts for slot in part.memory.slots]
         put_back(self.store, checkpoint, slots)
         return checkpoint
