@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +19,7 @@ import pytest
 import dirtylog as library
 from dirtylog.checkpoint.restore import read_slot
 from dirtylog.checkpoint.store import Store
+from dirtylog.cli.progress import Progress
 from kvm_here import missing_kvm
 from writers import dirtylog, eventually, finish, start
 
@@ -219,3 +222,28 @@ def test_a_second_writer_is_refused_by_the_first_ones_number(tmp_path: Path) -> 
         assert ran.status == 4
         assert f"is being written by process {os.getpid()}" in ran.err
         assert dirtylog("verify", str(tmp_path / "store")).status == 0
+
+
+class Terminal(io.StringIO):
+    """A stderr that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_has_its_rate_and_what_is_left_and_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 2.0, 2.05, 3.0])
+    monkeypatch.setattr("dirtylog.cli.progress.time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    with Progress("checkpoint") as progress:
+        progress(1 << 30, 4 << 30)
+        progress(2 << 30, 4 << 30)  # too soon after the one before to be shown
+        progress(3 << 30, 4 << 30)
+    shown = [line.strip() for line in terminal.getvalue().split("\r") if line.strip()]
+    assert shown == ["checkpoint: 25 % of 4 GiB, 512 MiB/s, 6 s left", "checkpoint: 75 % of 4 GiB, 1 GiB/s, 1 s left"]
+    assert terminal.getvalue().endswith("\r")
+    now = iter([0.0, 2.0])
+    monkeypatch.setattr("sys.stderr", file := io.StringIO())
+    with Progress("checkpoint") as progress:
+        progress(1, 4)
+    assert file.getvalue() == ""
