@@ -22,7 +22,7 @@ LONG = (
     *("test_agent.py", "test_agent_program.py", "test_cli_process_exits.py", "test_freezer.py", "test_injection_failures.py"),
     *("test_injection_races.py", "test_injection_refused.py", "test_launch_signals.py", "test_launch_surroundings.py"),
     *("test_process_left.py", "test_soft_dirty_port.py", "test_compare.py", "test_process_churn.py", "test_cli_process_ends.py"),
-    *("test_injection_killed.py", "test_injection.py"),
+    *("test_injection_killed.py", "test_injection.py", "test_launch.py", "test_real_programs.py"),
 )
 """Slow, and sensitive to other load: ``make test-long`` runs them."""
 collect_ignore = [] if os.environ.get("DIRTYLOG_LONG") else [str(Path(__file__).with_name(name)) for name in LONG]
