@@ -123,7 +123,7 @@ def test_a_pull_that_was_cut_off_goes_on_within_an_object(tmp_path: Path, monkey
     assert numbers(tmp_path / "back") == {1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("stage", ["_renumber", "_write_synced", "_remove_pulled", "backup", "drop"])
+@pytest.mark.parametrize("stage", ["_renumber", "write_synced", "_remove_pulled", "backup", "drop"])
 def test_a_pull_is_cut_off_while_it_puts_the_index_in_place(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path / "store", 3)
     push_of(tmp_path / "store")

@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 
 import dirtylog as library
+from address_space import ANONYMOUS, SHARED
+from cli_targets import GUEST, KINDS, SPIN, named
 from dirtylog.checkpoint.restore import read_slot
 from dirtylog.checkpoint.store import Store
 from dirtylog.cli.progress import Progress
-from kvm_here import missing_kvm
+from puppets import Puppet
+from victims import needs_victims
 from writers import dirtylog, eventually, finish, start
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-SPIN = "a = bytearray(4 << 20)\nwhile True:\n for i in range(0, len(a), 4096): a[i] = (a[i] + 1) % 256"
-GUEST = ("--size", "2MiB")
 
 
 def count_in(path: Path) -> int:
@@ -38,21 +38,10 @@ def count_in(path: Path) -> int:
         return 0  # it is being made
 
 
-@pytest.fixture(params=["emulated", "kvm", "command", "pid", "buffer"])
+@pytest.fixture(params=KINDS)
 def target(request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    """The words that name a target of each kind."""
-    if request.param == "kvm" and (missing := missing_kvm()):
-        pytest.skip(missing)
-    if request.param == "command":
-        yield ["--", sys.executable, "-c", SPIN]
-    elif request.param == "pid":
-        with subprocess.Popen([sys.executable, "-c", f"print(flush=True)\n{SPIN}"], stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            yield [f"pid:{process.pid}"]
-            process.kill()
-    else:
-        yield [{"emulated": "emu:arm64:random", "kvm": "kvm:random", "buffer": "buffer:random"}[request.param], *GUEST]
+    with named(request.param) as words:
+        yield words
 
 
 def test_checkpoints_are_saved_listed_verified_restored_and_pruned(target: list[str], tmp_path: Path) -> None:
@@ -121,6 +110,24 @@ def test_of_a_target_that_vanishes_what_was_saved_is_kept(tmp_path: Path) -> Non
     assert "Traceback" not in ended.err
     assert count_in(path) >= 2
     assert dirtylog("verify", str(path)).status == 0
+
+
+@needs_victims
+def test_a_gap_that_is_over_before_the_end_is_told_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    with Puppet() as puppet:
+        shared = puppet.map(4, SHARED | ANONYMOUS)
+        words = ("checkpoint", "-d", str(path), f"pid:{puppet.pid}", "--every", "200ms", "--count", "8")
+        with start(*words) as process:
+            try:
+                eventually(lambda: count_in(path) >= 1, "a checkpoint")
+                puppet.unmap(shared, 4)
+                ended = finish(process)
+            finally:
+                process.kill()
+    assert ended.status == 6
+    assert "shared" in ended.err
+    assert "incomplete: " not in ended.out
 
 
 def test_arrays_are_restored_as_npy_files(tmp_path: Path) -> None:

@@ -14,15 +14,16 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from address_space import ANONYMOUS, SHARED
+from cli_targets import GUEST, KINDS, SPIN, named
 from dirtylog import Recording
 from dirtylog.recording.marks import GUEST_PORT
-from kvm_here import missing_kvm, needs_kvm
+from kvm_here import needs_kvm
 from puppets import Puppet
 from victims import needs_victims
 from writers import dirtylog, eventually, finish, start
@@ -30,26 +31,13 @@ from writers import dirtylog, eventually, finish, start
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SPIN = "a = bytearray(4 << 20)\nwhile True:\n for i in range(0, len(a), 4096): a[i] = 1"
 QUICK = ("--duration", "400ms", "--interval", "20ms")
-GUEST = ("--size", "2MiB")
 
 
-@pytest.fixture(params=["emulated", "kvm", "command", "pid", "buffer"])
-def target(request: pytest.FixtureRequest) -> Any:
-    """The words that name a target of each kind."""
-    if request.param == "kvm" and (missing := missing_kvm()):
-        pytest.skip(missing)
-    if request.param == "command":
-        yield ["--", sys.executable, "-c", SPIN]
-    elif request.param == "pid":
-        with subprocess.Popen([sys.executable, "-c", f"print(flush=True)\n{SPIN}"], stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            yield [f"pid:{process.pid}"]
-            process.kill()
-    else:
-        yield [{"emulated": "emu:arm64:random", "kvm": "kvm:random", "buffer": "buffer:random"}[request.param], *GUEST]
+@pytest.fixture(params=KINDS)
+def target(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    with named(request.param) as words:
+        yield words
 
 
 @contextlib.contextmanager

@@ -82,6 +82,11 @@ class MemorySlot:
         return self.id >> 16
 
     @property
+    def printable_name(self) -> str:
+        """The name as any encoder takes it: a file's may have any octets in it."""
+        return self.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+    @property
     def end_gfn(self) -> int:
         """One past the last guest frame number."""
         return self.base_gfn + self.npages

@@ -110,6 +110,14 @@ def words_of_runs(first: NDArray[np.int64], end: NDArray[np.int64]) -> DirtyWord
     return _united(offsets[order], np.concatenate((values, np.full(len(between), _ALL), rest))[order])
 
 
+def pages_of_runs(first: NDArray[np.int64], npages: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return every number of some runs: first, first + 1, ... of each, one run after the other."""
+    if (npages == 1).all():
+        return first
+    before = np.cumsum(npages) - npages
+    return np.asarray(np.arange(int(npages.sum())) + np.repeat(first - before, npages))
+
+
 def _united(offsets: NDArray[np.int64], values: NDArray[np.uint64]) -> DirtyWords:
     """Return words from ascending offsets with repeats, whose values are or-ed."""
     starts = np.flatnonzero(np.concatenate(([True], offsets[1:] != offsets[:-1])))

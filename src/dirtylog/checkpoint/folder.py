@@ -45,6 +45,16 @@ def make(path: Path) -> None:
         raise DirtyLogError(f"{str(path)!r} cannot be made", errno=error.errno, reason=error.strerror) from error
 
 
+def write_synced(path: Path, data: bytes, temporary: Path) -> None:
+    """Replace a file at once, for good; ``temporary`` is a name beside it."""
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    segments.sync_folder(path.parent)
+
+
 class Lock:
     """Holds a store against other writers until it is closed. The kernel lets go of a dead process's lock (flock).
 

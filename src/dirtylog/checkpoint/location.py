@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dirtylog.checkpoint.segments import sync_folder
+from dirtylog.checkpoint.folder import write_synced
 from dirtylog.errors import AccessDeniedError, DirtyLogError, InvalidArgumentError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class Location:
             if self._makes_folders:
                 self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
             if self._is_local:
-                _put_local(Path(path), data)
+                local = Path(path)
+                write_synced(local, data, local.with_name(f"{local.name}.{os.getpid()}{PARTIAL}"))
             else:
                 self._files.pipe_file(path, data)
 
@@ -101,13 +102,3 @@ class Location:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def _put_local(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)

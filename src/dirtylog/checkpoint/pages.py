@@ -15,6 +15,7 @@ import numpy as np
 
 from dirtylog import varint
 from dirtylog.errors import CorruptDataError
+from dirtylog.words import pages_of_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -100,11 +101,8 @@ class PageMap:
 
     def places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return every page and its place."""
-        total = int(self.npages.sum())
-        ends = np.cumsum(self.npages)
-        within = np.arange(total) - np.repeat(ends - self.npages, self.npages)
-        place = np.repeat(self.place, self.npages)
-        return np.repeat(self.first, self.npages) + within, np.where(place == ZERO, ZERO, place + within)
+        places = pages_of_runs(self.place, self.npages)
+        return pages_of_runs(self.first, self.npages), np.where(np.repeat(self.place == ZERO, self.npages), ZERO, places)
 
     def count(self) -> int:
         """Return how many pages it has."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dirtylog.checkpoint import manifest, segments
-from dirtylog.checkpoint.folder import INDEX, LOCK, SEGMENTS, Lock, make
+from dirtylog.checkpoint.folder import INDEX, LOCK, SEGMENTS, Lock, make, write_synced
 from dirtylog.checkpoint.index import Index
 from dirtylog.checkpoint.location import Location
 from dirtylog.checkpoint.manifest import Stamp, Transferred, rows_by_segment, stamps
@@ -102,7 +102,8 @@ class _Pull:
                 self._bring(part, segments.path_of(self._path / SEGMENTS, numbers[segment]), trusted.get(segment, 0))
             segments.sync_folder(self._path / SEGMENTS)
             _renumber(index, {old: new for old, new in numbers.items() if old != new}, lengths)
-            _write_synced(self._path / _PULLED, json.dumps(sorted({*here, *wanted.checkpoints})).encode())
+            names = json.dumps(sorted({*here, *wanted.checkpoints})).encode()
+            write_synced(self._path / _PULLED, names, self._path / f"{_PULLED}.new")
             # One transaction: whoever reads has the old index or this one.
             index.backup(self._path / INDEX)
         _remove(pulled)
@@ -257,16 +258,6 @@ def _write(descriptor: int, data: bytes, at: int) -> None:
         written = os.pwrite(descriptor, octets, at)
         at += written
         octets = octets[written:]
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.new")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    segments.sync_folder(path.parent)
 
 
 def _remove(path: Path) -> None:

@@ -193,7 +193,7 @@ class Checkpointer:
                 base_gfn=slot.base_gfn,
                 npages=slot.npages,
                 page_size=slot.page_size,
-                name=part.name or _text(slot.name),
+                name=part.name or slot.printable_name,
                 permissions=slot.permissions,
                 array=part.array,
             )
@@ -289,7 +289,3 @@ def _arrays_of(arrays: Mapping[str, NDArray[Any]], name: str, path: Path, resour
         slot = log.memory.slots[BUFFER_SLOT]
         parts.append(_Part(log, log.consumer(name), title, array_facts(title, array, slot.host_address)))
     return parts
-
-
-def _text(name: str) -> str:
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

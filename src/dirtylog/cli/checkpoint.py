@@ -15,7 +15,8 @@ from dirtylog.cli import arguments, targets
 from dirtylog.cli.command import Command
 from dirtylog.cli.exits import ExitCode, exit_code_of
 from dirtylog.cli.progress import Progress
-from dirtylog.cli.session import conclude
+from dirtylog.cli.reports import print_coverage
+from dirtylog.cli.session import conclude, told_of
 from dirtylog.dirty_log import DirtyLog
 from dirtylog.errors import DirtyLogError
 from dirtylog.guests.machine import Machine
@@ -68,14 +69,14 @@ class Checkpoint(Command):
                 print(f"{' '.join(name.split())}: port {memory.port.name} ({memory.exactness.value})", flush=True)
                 memory.resume()
                 status = conclude(memory, _save(args, memory, saver, keep))
-        for blind in memory.blind_spots:
-            print(f"blind spot: {blind}")
+        print_coverage(memory)
         return status
 
 
 def _save(args: argparse.Namespace, memory: AnyMemory, saver: Checkpointer, keep: Keep | None) -> ExitCode:
     wait = args.every or (0 if args.target is not None and args.target.startswith("pid:") else _FIRST_SECONDS)
     count = args.count or (None if args.every else 1)
+    gaps: dict[str, None] = {}
     try:
         for number in itertools.count(1):
             ending = memory.ending(wait)
@@ -83,6 +84,7 @@ def _save(args: argparse.Namespace, memory: AnyMemory, saver: Checkpointer, keep
             with Progress("checkpoint") as progress:
                 saved = saver.save(args.note, progress=progress)
             seconds = time.perf_counter() - before
+            gaps |= dict.fromkeys(memory.incomplete)
             print(
                 f"checkpoint {saved.id}: {'all memory, ' if saved.whole else ''}{saved.npages} pages, "
                 f"{format_size(saved.stored)} stored in {format_seconds(seconds)}",
@@ -103,4 +105,4 @@ def _save(args: argparse.Namespace, memory: AnyMemory, saver: Checkpointer, keep
     except DirtyLogError as error:
         print(f"dirtylog: {error}", file=sys.stderr)
         return exit_code_of(error)
-    return ExitCode.DONE
+    return told_of(gaps)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dirtylog.cli import arguments, targets
 from dirtylog.cli.command import Command
 from dirtylog.cli.exits import ExitCode
-from dirtylog.cli.reports import facts_of
+from dirtylog.cli.reports import facts_of, print_coverage
 from dirtylog.cli.session import conclude, log_in_rounds
 from dirtylog.dirty_log import DirtyLog
 from dirtylog.observe.footprint import Footprint
@@ -88,10 +88,7 @@ class Rate(Command):
                 facts = facts_of(name, memory)
                 print(f"{' '.join(name.split())}: port {facts['port']} ({facts['exactness']}), page size {facts['page_size']}")
                 _print(result)
-                for blind in memory.blind_spots:
-                    print(f"blind spot: {blind}")
-                for gap in memory.incomplete:
-                    print(f"incomplete: {gap}")
+                print_coverage(memory)
         return status
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from dirtylog.cli import arguments, targets
 from dirtylog.cli.command import Command
 from dirtylog.cli.exits import ExitCode, exit_code_of
+from dirtylog.cli.reports import print_coverage
 from dirtylog.cli.session import conclude, log_in_rounds
 from dirtylog.dirty_log import DirtyLog
 from dirtylog.errors import DirtyLogError
@@ -113,7 +114,4 @@ class _Summary:
         )
         if self._seconds:
             print(f"gets took {100 * self._get_seconds / self._seconds:.2g} % of the time")
-        for blind in memory.blind_spots:
-            print(f"blind spot: {blind}")
-        for gap in memory.incomplete:
-            print(f"incomplete: {gap}")
+        print_coverage(memory)

@@ -75,10 +75,7 @@ class Text:
         print(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in asdict(self._memory.stats).items()))
         if getattr(self._memory, "status", None) is not None:
             print(f"the command has ended, exit status {getattr(self._memory, 'status', None)}")
-        for blind in self._memory.blind_spots:
-            print(f"blind spot: {blind}")
-        for gap in self._memory.incomplete:
-            print(f"incomplete: {gap}")
+        print_coverage(self._memory)
 
 
 class Lines:
@@ -118,6 +115,14 @@ class Document:
             "total": {name: sum(found[name] for found in self._rounds) for name in total},
         }
         print(json.dumps(facts_of(self._target, self._memory) | document | asdict(self._memory.stats)))
+
+
+def print_coverage(memory: AnyMemory) -> None:
+    """Print which writes are not seen: those that the source cannot see, and those that were missed here and now."""
+    for blind in memory.blind_spots:
+        print(f"blind spot: {blind}")
+    for gap in memory.incomplete:
+        print(f"incomplete: {gap}")
 
 
 def facts_of(target: str, memory: AnyMemory) -> dict[str, Any]:

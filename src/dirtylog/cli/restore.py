@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from dirtylog.checkpoint.arrays import array_of
-from dirtylog.checkpoint.restore import read_slot
+from dirtylog.checkpoint.restore import read_slot, write_slot
 from dirtylog.checkpoint.store import Store
 from dirtylog.cli import arguments
 from dirtylog.cli.command import Command
@@ -67,10 +67,7 @@ def _write(store: Store, checkpoint: Checkpoint, paths: Sequence[tuple[SlotLayou
         with arguments.written(path) as part, part.open("wb") as out:
             if slot.array is None:
                 out.truncate(slot.nbytes)
-                contents = np.memmap(part, np.uint8, "r+", shape=(slot.npages, slot.page_size))
-                read_slot(store, maps[slot.key], contents)
-                contents.flush()
-                del contents
+                write_slot(store, maps[slot.key], slot.page_size, out.fileno())
             else:
                 whole = np.empty((slot.npages, slot.page_size), np.uint8)
                 read_slot(store, maps[slot.key], whole)

@@ -53,7 +53,7 @@ def log_in_rounds(
     except DirtyLogError as error:
         print(f"dirtylog: {error}", file=sys.stderr)
         return exit_code_of(error)
-    return _told_of(gaps)
+    return told_of(gaps)
 
 
 def conclude(memory: AnyMemory, status: ExitCode) -> ExitCode:
@@ -62,10 +62,11 @@ def conclude(memory: AnyMemory, status: ExitCode) -> ExitCode:
         memory.pause()
     elif status in (ExitCode.DONE, ExitCode.INCOMPLETE):
         memory.end()
-    return _told_of(dict.fromkeys(memory.incomplete)) if status is ExitCode.DONE else status
+    return told_of(dict.fromkeys(memory.incomplete)) if status is ExitCode.DONE else status
 
 
-def _told_of(gaps: dict[str, None]) -> ExitCode:
+def told_of(gaps: dict[str, None]) -> ExitCode:
+    """Say on stderr why writes may have been missed, and return the exit status."""
     if not gaps:
         return ExitCode.DONE
     print(f"dirtylog: writes may have been missed: {'; '.join(gaps)}", file=sys.stderr)

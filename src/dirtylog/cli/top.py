@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, ClassVar
 from dirtylog.cli import arguments, targets
 from dirtylog.cli.command import Command
 from dirtylog.cli.exits import ExitCode, exit_code_of
-from dirtylog.cli.reports import Text
+from dirtylog.cli.reports import Text, print_coverage
 from dirtylog.cli.session import conclude, log_in_rounds
 from dirtylog.dirty_log import DirtyLog
 from dirtylog.errors import DirtyLogError, UnsupportedError
@@ -122,10 +122,7 @@ def _sum_up(name: str, memory: AnyMemory, model: Model) -> None:
         print(f"mark {mark.number} at {mark.seconds:.1f} s, {mark.clock}")
     if getattr(memory, "status", None) is not None:
         print(f"the command has ended, exit status {getattr(memory, 'status', None)}")
-    for blind in memory.blind_spots:
-        print(f"blind spot: {blind}")
-    for gap in memory.incomplete:
-        print(f"incomplete: {gap}")
+    print_coverage(memory)
 
 
 def _has_screen() -> bool:

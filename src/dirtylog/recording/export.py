@@ -39,7 +39,7 @@ def write_jsonl(recording: Recording, out: IO[str]) -> None:
         {
             "slot": number,
             "id": slot.id,
-            "name": _text(slot.name),
+            "name": slot.printable_name,
             "base_gfn": slot.base_gfn,
             "npages": slot.npages,
             "page_size": slot.page_size,
@@ -98,7 +98,7 @@ TEXT_FORMATS: dict[str, Callable[[Recording, IO[str]], None]] = {"csv": write_cs
 def _tables(recording: Recording) -> Iterator[dict[str, NDArray[Any]]]:
     """Yield the runs of some rounds at once, by columns. There is always one table, if an empty one."""
     slots = recording.slots
-    names = np.array([_text(slot.name) for slot in slots] or [""], object)
+    names = np.array([slot.printable_name for slot in slots] or [""], object)
     ids, bases, addresses, sizes = (
         np.array([getattr(slot, name) for slot in slots] or [0], np.int64)
         for name in ("id", "base_gfn", "host_address", "page_size")
@@ -123,8 +123,3 @@ def _parts(recording: Recording) -> Iterator[tuple[int, int, NDArray[np.void]]]:
     for first in range(0, max(1, len(recording.rounds)), _ROUNDS_AT_ONCE):
         stop = min(first + _ROUNDS_AT_ONCE, len(recording.rounds))
         yield first, stop, recording.runs_of(first, stop)
-
-
-def _text(name: str) -> str:
-    """Return a name that any encoder takes."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

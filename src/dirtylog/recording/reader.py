@@ -15,6 +15,7 @@ from dirtylog.memslot import MemorySlot, SlotFlags
 from dirtylog.observe.footprint import Curve, Footprint
 from dirtylog.recording.runs import Packed, Runs, unpack
 from dirtylog.recording.schema import APPLICATION_ID, VERSION, RoundRow
+from dirtylog.words import pages_of_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,7 +105,7 @@ class Recording:
         for number in np.unique(found.slot).tolist():
             slot = self.slots[number]
             of_slot = found.slot == number
-            bitmaps[slot] = DirtyBitmap.from_pages(slot.npages, _pages(found.first[of_slot], found.npages[of_slot]))
+            bitmaps[slot] = DirtyBitmap.from_pages(slot.npages, pages_of_runs(found.first[of_slot], found.npages[of_slot]))
         return bitmaps
 
     def footprint(self, start: float | None = None, end: float | None = None) -> Curve:
@@ -120,7 +121,7 @@ class Recording:
             last = int(part.round[-1]) if len(part.round) else row
             edges = np.searchsorted(part.round, np.arange(row, last + 2))
             for number, (begin, stop) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True), row):
-                pages = _pages(firsts[begin:stop], part.npages[begin:stop])
+                pages = pages_of_runs(firsts[begin:stop], part.npages[begin:stop])
                 size = uniform if uniform is not None else np.repeat(sizes[part.slot[begin:stop]], part.npages[begin:stop])
                 footprint.add_pages(float(self.rounds["seconds"][number]), pages, size)
             row = last + 1
@@ -252,11 +253,3 @@ def _slot(row: tuple[Any, ...]) -> MemorySlot:
         file_offset,
         bool(anonymous),
     )
-
-
-def _pages(first: NDArray[np.int64], npages: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return every page of some runs."""
-    if len(npages) == 0 or npages.max() == 1:
-        return first
-    ends = np.cumsum(npages)
-    return np.asarray(np.arange(int(ends[-1])) + np.repeat(first - (ends - npages), npages))

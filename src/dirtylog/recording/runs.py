@@ -13,6 +13,7 @@ import numpy as np
 
 from dirtylog import varint
 from dirtylog.errors import CorruptDataError
+from dirtylog.words import pages_of_runs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -63,13 +64,13 @@ def unpack(rounds: NDArray[np.int64], packed: Sequence[Packed]) -> Runs:
     if len(numbers) != lengths.sum():
         raise CorruptDataError(f"a round of this recording has {len(numbers)} numbers where {lengths.sum()} are due")
     begins = np.cumsum(lengths) - lengths
-    heads = _ranges(begins, 2 * slots).reshape(-1, 2)
+    heads = pages_of_runs(begins, 2 * slots).reshape(-1, 2)
     numbers_of_slots, counts = numbers[heads[:, 0]], numbers[heads[:, 1]]
     # Of hostile numbers the sum may wrap: each is looked at first.
     if counts.max(initial=0) > runs.max(initial=0) or not np.array_equal(_sums(counts, slots), runs):
         raise CorruptDataError("the slots of a round have other runs than the round")
-    gaps = numbers[_ranges(begins + 2 * slots, runs)]
-    npages = numbers[_ranges(begins + 2 * slots + runs, runs)] + 1
+    gaps = numbers[pages_of_runs(begins + 2 * slots, runs)]
+    npages = numbers[pages_of_runs(begins + 2 * slots + runs, runs)] + 1
     ends = np.cumsum(gaps + npages)
     # The sum goes on from slot to slot: less what it was where the slot begins.
     before = np.concatenate(([0], ends))[np.cumsum(counts) - counts]
@@ -82,12 +83,6 @@ def _sums(values: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.i
     ends = np.concatenate(([0], np.cumsum(values)))
     stops = np.cumsum(lengths)
     return np.asarray(ends[stops] - ends[stops - lengths])
-
-
-def _ranges(begins: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return begin, begin + 1, ... of every range, one range after the other."""
-    before = np.cumsum(lengths) - lengths
-    return np.asarray(np.arange(int(lengths.sum())) + np.repeat(begins - before, lengths))
 
 
 def _inflate(packed: Packed, length: int) -> bytes:
